@@ -1,0 +1,87 @@
+"""agentkit: LLM agents from notebook to production. See README.md for the road; `import agentkit as ak`."""
+
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agentkit import metrics
+    from agentkit.agents import Agent
+    from agentkit.budget import Budget, Ledger
+    from agentkit.embedded import Weights, fit
+    from agentkit.errors import AgentkitError
+    from agentkit.examples import Example, keep_cases, read_examples
+    from agentkit.models import build_lm
+    from agentkit.records import RunRecord
+    from agentkit.runs import Run
+    from agentkit.sinks import add_sink
+    from agentkit.states import State, diagram
+    from agentkit.systems import System, adopt, approve_with
+    from agentkit.tools import ApprovalRequest, Tool, tool
+
+# Read when litellm is first imported, which would otherwise try a download.
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+_HOME = {
+    "Agent": "agents",
+    "AgentkitError": "errors",
+    "ApprovalRequest": "tools",
+    "Budget": "budget",
+    "Example": "examples",
+    "Ledger": "budget",
+    "Run": "runs",
+    "RunRecord": "records",
+    "State": "states",
+    "System": "systems",
+    "Tool": "tools",
+    "Weights": "embedded",
+    "add_sink": "sinks",
+    "adopt": "systems",
+    "approve_with": "systems",
+    "build_lm": "models",
+    "diagram": "states",
+    "fit": "embedded",
+    "keep_cases": "examples",
+    "read_examples": "examples",
+    "tool": "tools",
+}
+__all__ = [
+    "Agent",
+    "AgentkitError",
+    "ApprovalRequest",
+    "Budget",
+    "Example",
+    "Ledger",
+    "Run",
+    "RunRecord",
+    "State",
+    "System",
+    "Tool",
+    "Weights",
+    "add_sink",
+    "adopt",
+    "approve_with",
+    "build_lm",
+    "diagram",
+    "fit",
+    "keep_cases",
+    "metrics",
+    "read_examples",
+    "tool",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: dspy and scikit-learn take seconds (PEP 562)."""
+    if name == "metrics":
+        return import_module("agentkit.metrics")
+    if name not in _HOME:
+        raise AttributeError(f"module 'agentkit' has no attribute {name!r}")
+    value = getattr(import_module(f"agentkit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__"})

@@ -1,0 +1,72 @@
+"""A hedgehog agent: one narrow job, typed in and out, its workflow split into the phases of the state machine."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, ClassVar
+
+import dspy
+from pydantic import BaseModel
+
+from agentkit.errors import SourceError
+from agentkit.runs import Run
+from agentkit.states import State
+from agentkit.tools import Inventory, Tool
+
+
+class Agent(dspy.Module):  # type: ignore[misc]
+    """Base class of agents. Subclasses set `name`, `result` and `tools` and write the three phases.
+
+    Predictors are attributes, as in any `dspy.Module`, so DSPy's optimisers and JSON state apply unchanged.
+    """
+
+    name: ClassVar[str] = ""
+    result: ClassVar[type[BaseModel]]
+    tools: ClassVar[tuple[Tool[..., Any], ...]] = ()
+
+    def plan(self, run: Run, **inputs: Any) -> Any:
+        """PLANNING: understand the request; returns whatever `execute` needs."""
+        raise NotImplementedError(f"{type(self).__name__}.plan is not written")
+
+    def execute(self, run: Run, plan: Any, **inputs: Any) -> Any:
+        """EXECUTING: call tools (`run.call(tool, …)`); returns what was found and done."""
+        raise NotImplementedError(f"{type(self).__name__}.execute is not written")
+
+    def reflect(self, run: Run, plan: Any, facts: Any, **inputs: Any) -> BaseModel:
+        """REFLECTING: check and compose the typed result."""
+        raise NotImplementedError(f"{type(self).__name__}.reflect is not written")
+
+    def carry_out(self, run: Run, inputs: dict[str, Any]) -> BaseModel:
+        """Take the run from PLANNING to a validated result.
+
+        Raises:
+            pydantic.ValidationError: the result does not fit its declared type.
+        """
+        with run.acting_as(Inventory(self.name, self.tools)):
+            plan = self.plan(run, **inputs)
+            run.to(State.EXECUTING, "plan is made")
+            facts = self.execute(run, plan, **inputs)
+            run.to(State.REFLECTING, "tools are done")
+            found = self.reflect(run, plan, facts, **inputs)
+            return self.result.model_validate(found.model_dump() if isinstance(found, BaseModel) else found)
+
+    @classmethod
+    def input_names(cls) -> tuple[tuple[str, ...], frozenset[str]]:
+        """All input names, and those without a default, read from the parameters of `plan` after `run`."""
+        return parameters_of(cls.plan, skip=2)
+
+    def check(self) -> None:
+        """Raise SourceError where the class is incomplete."""
+        for what in ("name", "result"):
+            if not getattr(self, what, None):
+                raise SourceError(f"agent class {type(self).__name__} sets no `{what}`")
+        for phase in ("plan", "execute", "reflect"):
+            if getattr(type(self), phase) is getattr(Agent, phase):
+                raise SourceError(f"agent class {type(self).__name__} does not write the phase `{phase}`")
+
+
+def parameters_of(function: Any, skip: int = 0) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Names a function takes by keyword, and those it cannot do without; ((), ()) if it takes anything."""
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return tuple(p.name for p in named), frozenset(p.name for p in named if p.default is p.empty)

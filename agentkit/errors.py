@@ -1,0 +1,77 @@
+"""The errors agentkit raises.
+
+AgentkitError
+├── UsageError            the caller asked for something that cannot be done
+│   ├── DataError         a file of examples or settings is not as documented
+│   ├── ModelError        no usable language model: missing key, unknown name, unreachable server
+│   └── SourceError       a notebook or module cannot be turned into a release
+├── ReleaseError          a stored release is missing, altered or not the one asked for
+├── IllegalTransition     a run tried to go where the transition table does not lead
+└── Refusal               a rule stopped the run; never handed to the model as text
+    ├── PermissionDenied  the tool is not in the agent's inventory
+    └── BudgetExceeded    a hard limit would have been crossed by the next call
+"""
+
+from __future__ import annotations
+
+
+class AgentkitError(Exception):
+    """Base of every error that agentkit raises on purpose."""
+
+
+class UsageError(AgentkitError):
+    """What was asked for cannot be done; the message says what to do instead."""
+
+
+class DataError(UsageError):
+    """A data or settings file does not follow its documented schema.
+
+    `problems` holds one line per problem, each with its place in the file.
+    """
+
+    def __init__(self, message: str, problems: list[str] | None = None) -> None:
+        super().__init__(message if not problems else "\n".join([message, *(f"  {p}" for p in problems)]))
+        self.problems = problems or []
+
+
+class ModelError(UsageError):
+    """No usable language model: the key is missing, the name unknown or the server unreachable."""
+
+
+class SourceError(UsageError):
+    """A notebook or module cannot be turned into a release."""
+
+
+class ReleaseError(AgentkitError):
+    """A stored release is missing, altered, or not the one that was asked for."""
+
+
+class IllegalTransition(AgentkitError):
+    """The transition table has no arrow between the two states."""
+
+    def __init__(self, source: str, target: str) -> None:
+        super().__init__(f"no transition leads from {source} to {target}; see agentkit.states.TRANSITIONS")
+        self.source, self.target = source, target
+
+
+class Refusal(AgentkitError):
+    """A rule stopped the run. Ends the run; is never given to the model as text."""
+
+
+class PermissionDenied(Refusal):
+    """The agent called a tool that is not in its inventory."""
+
+    def __init__(self, agent: str, tool: str, allowed: list[str]) -> None:
+        super().__init__(f"agent {agent!r} may not use tool {tool!r}; its inventory is {allowed!r}")
+        self.agent, self.tool, self.allowed = agent, tool, allowed
+
+
+class BudgetExceeded(Refusal):
+    """The next call would have crossed a hard limit, so it was not made."""
+
+    def __init__(self, limit: str, allowed: float, used: float, asked: float) -> None:
+        super().__init__(
+            f"budget of {allowed:g} {limit} would be exceeded: {used:g} used, {asked:g} more asked for; "
+            "raise the limit in the system's Budget or make the task smaller"
+        )
+        self.limit, self.allowed, self.used, self.asked = limit, allowed, used, asked

@@ -1,0 +1,276 @@
+"""A system: a router prompt and the agents behind it, run as one unit and released as one thing."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dspy
+
+from agentkit.agents import Agent, parameters_of
+from agentkit.budget import Budget, Ledger
+from agentkit.errors import SourceError, UsageError
+from agentkit.models import MeteredLM, build_lm, metered
+from agentkit.records import RunRecord
+from agentkit.runs import Run, current_run
+from agentkit.sinks import emit
+from agentkit.states import State
+from agentkit.tools import Approver
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from agentkit.embedded import Weights
+    from agentkit.metrics import Metric
+
+_approver: ContextVar[Approver | None] = ContextVar("agentkit_approver", default=None)
+
+
+@contextmanager
+def approve_with(approver: Approver) -> Iterator[None]:
+    """Ask `approver` wherever a tool's limit calls for a person; without one the answer is no."""
+    token = _approver.set(approver)
+    try:
+        yield
+    finally:
+        _approver.reset(token)
+
+
+class System(dspy.Module):  # type: ignore[misc]
+    """Router, agents, model, budget and metrics of one job.
+
+    It is a `dspy.Module`: optimisers, `named_predictors`, `dump_state` and `load_state` work on the whole.
+    Calling it returns a `dspy.Prediction` with the result's fields plus `route` and `record`; `run` returns the
+    record itself and never raises for what happens inside the run.
+
+    Args:
+        name: letters, digits and underscores; the name of the registered model.
+        agents: the hedgehogs; with more than one, `router` must be given.
+        router: a predictor whose first output field names the agent.
+        model: tier or model string, see `agentkit.models`.
+        success: the metric that means success of a run; `metrics` are the others, reported beside it.
+        files: data files that belong to the release (knowledge base, fixtures).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        agents: Sequence[Agent],
+        *,
+        router: dspy.Predict | None = None,
+        model: str = "fast",
+        budget: Budget | None = None,
+        success: Metric | None = None,
+        metrics: Sequence[Metric] = (),
+        files: Iterable[str | Path] = (),
+    ) -> None:
+        super().__init__()
+        if not re.fullmatch(r"[A-Za-z]\w{0,63}", name):
+            raise SourceError(f"system name {name!r}: use letters, digits and underscores, beginning with a letter")
+        for agent in agents:
+            agent.check()
+        self.name = name
+        self.router = router
+        self.agents = {agent.name: agent for agent in agents}
+        self.model, self.budget = model, budget or Budget()
+        self.success, self.metrics = success, tuple(metrics)
+        self.files = tuple(Path(f) for f in files)
+        self.weights: Weights | None = None
+        self.release: str | None = None  # content hash, set by the loader
+        self._lm: tuple[Any, MeteredLM] | None = None
+        self._check_routing(len(agents))
+
+    def _check_routing(self, count: int) -> None:
+        if len(self.agents) != count:
+            raise SourceError(f"system {self.name!r}: two agents share a name")
+        if self.router is None:
+            if count > 1:
+                raise SourceError(f"system {self.name!r} has {count} agents but no router")
+            return
+        field = self.router.signature.output_fields[self._route_field()].annotation
+        labels = set(getattr(field, "__args__", ()))
+        if labels != set(self.agents):
+            raise SourceError(f"the router can answer {sorted(labels)!r}, but the agents are {sorted(self.agents)!r}")
+
+    def _route_field(self) -> str:
+        return str(next(iter(self.router.signature.output_fields)))  # type: ignore[union-attr]
+
+    # ---- running
+
+    @property
+    def lm(self) -> MeteredLM:
+        """The model calls go to, built once per model and weights."""
+        key = (self.model, id(self.weights))
+        if self._lm is None or self._lm[0] != key:
+            self._lm = (key, build_lm(self.model, weights=self.weights))
+        return self._lm[1]
+
+    def use(self, weights: Weights | None) -> System:
+        """Attach fitted weights of the embedded model; they become part of the release."""
+        self.weights = weights
+        return self
+
+    def input_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """All input names, and the required ones."""
+        pairs = [agent.input_names() for agent in self.agents.values()]
+        names = tuple(dict.fromkeys(n for every, _ in pairs for n in every))
+        return names, frozenset().union(*(required for _, required in pairs))
+
+    def forward(self, **inputs: Any) -> dspy.Prediction:
+        """Run once; an error inside the run is raised after it has been recorded."""
+        record, error = self._run(inputs, kind="run")
+        if error is not None:
+            raise error
+        return dspy.Prediction(**(record.output or {}), route=record.route, record=record)
+
+    async def aforward(self, **inputs: Any) -> dspy.Prediction:
+        """`forward` beside a running event loop."""
+        return await asyncio.to_thread(self.forward, **inputs)
+
+    def run(self, *, kind: str = "run", ledger: Ledger | None = None, **inputs: Any) -> RunRecord:
+        """Run once and return the record, with `state` FAILED and the error in it if the run did not succeed.
+
+        Args:
+            kind: what the record is filed under (run, map, batch, evaluation).
+            ledger: a shared budget that this run's use is charged to as well.
+        """
+        record, error = self._run(inputs, kind=kind, ledger=ledger)
+        if error is not None and not isinstance(error, Exception):
+            raise error  # KeyboardInterrupt, SystemExit
+        return record
+
+    def _run(
+        self, inputs: dict[str, Any], kind: str, ledger: Ledger | None = None
+    ) -> tuple[RunRecord, BaseException | None]:
+        self._check_inputs(inputs)
+        lm = self.lm  # built before the clock starts
+        outer = current_run()
+        if ledger is None and outer is not None:
+            ledger = outer.ledger  # a system called by an agent spends its caller's budget
+        run = Run(
+            self.name,
+            inputs,
+            budget=self.budget,
+            ledger=ledger,
+            release=self.release,
+            kind=kind,
+            approver=_approver.get(),
+        )
+        with dspy.context(lm=lm):
+            record, error = run.carry_out(lambda r: self.work(r, inputs))
+        emit(record)
+        return record, error
+
+    def work(self, run: Run, inputs: dict[str, Any]) -> Any:
+        """From IDLE to a result: route, then let the agent work."""
+        run.to(State.PLANNING, "request received")
+        agent = self._choose(run, inputs)
+        run.route = agent.name
+        return agent.carry_out(run, {k: v for k, v in inputs.items() if k in agent.input_names()[0]})
+
+    def _choose(self, run: Run, inputs: dict[str, Any]) -> Agent:
+        if self.router is None:
+            return next(iter(self.agents.values()))
+        answer = self.router(**{k: inputs[k] for k in self.router.signature.input_fields})
+        run.routing, choice = answer, getattr(answer, self._route_field())
+        run.decide("route", choice, f"router answered {dict(answer)!r}")
+        return self.agents[choice]
+
+    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+        names, required = self.input_names()
+        if missing := sorted(required - inputs.keys()):
+            raise UsageError(f"{self.name} needs {sorted(required)!r}; missing: {missing!r}")
+        if names and (extra := sorted(inputs.keys() - set(names))):
+            raise UsageError(f"{self.name} takes {sorted(names)!r}; it has no input {extra[0]!r}")
+
+    def map(self, frame: pl.DataFrame, **options: Any) -> pl.DataFrame:
+        """Run every row of a frame; see `agentkit.mapping.map_frame` for columns and options."""
+        from agentkit.mapping import map_frame
+
+        return map_frame(self, frame, **options)
+
+    # ---- what a release is made of
+
+    def prompts(self) -> dict[str, dict[str, Any]]:
+        """Each predictor's prompt (instructions, fields, demonstrations) by a short dotted name."""
+        return {short_name(name): p.dump_state() for name, p in self.named_predictors()}
+
+    def spec(self) -> dict[str, Any]:
+        """Everything that defines behaviour beside prompts, weights and source, as JSON-able data."""
+        tools = {tool.name: tool.spec() for agent in self.agents.values() for tool in agent.tools}
+        return {
+            "name": self.name,
+            "agents": {
+                name: {
+                    "class": type(agent).__name__,
+                    "tools": [t.name for t in agent.tools],
+                    "result": agent.result.model_json_schema(),
+                }
+                for name, agent in self.agents.items()
+            },
+            "tools": tools,
+            "budget": {k: getattr(self.budget, k) for k in Budget.__dataclass_fields__},
+            "success": getattr(self.success, "__name__", None),
+            "metrics": [getattr(m, "__name__", str(m)) for m in self.metrics],
+        }
+
+
+def short_name(name: str) -> str:
+    """A predictor's path as people write it: `agents['billing'].classify` becomes `billing.classify`."""
+    return re.sub(r"agents\['(\w+)'\]", r"\1", name).removeprefix("program.")
+
+
+class Adopted(System):
+    """An existing `dspy.Module` or plain callable as a system, unrewritten: it runs in EXECUTING as one step."""
+
+    def __init__(self, program: Callable[..., Any], **options: Any) -> None:
+        name = options.pop("name", None) or getattr(program, "__name__", None) or type(program).__name__
+        super().__init__(re.sub(r"\W", "_", str(name)), (), **options)
+        self.program = program
+        for _, predictor in self.named_predictors():
+            predictor.lm = metered(predictor.lm)
+
+    def input_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Read from the program's own parameters; a lone predictor's from its signature."""
+        if isinstance(self.program, dspy.Predict):
+            fields = tuple(self.program.signature.input_fields)
+            return fields, frozenset(fields)
+        names, required = parameters_of(getattr(self.program, "forward", self.program))
+        return names, required
+
+    def work(self, run: Run, inputs: dict[str, Any]) -> Any:
+        """Call the program; what it returns is the result, None is not one."""
+        run.to(State.PLANNING, "request received")
+        run.route = type(self.program).__name__ if isinstance(self.program, dspy.Module) else self.name
+        run.to(State.EXECUTING, "adopted program plans for itself")
+        answer = self.program(**inputs)
+        run.to(State.REFLECTING, "program returned")
+        if answer is None:
+            raise UsageError("the adopted program returned None; it must return a Prediction, a mapping or a value")
+        return answer.toDict() if isinstance(answer, dspy.Prediction) else answer
+
+    def spec(self) -> dict[str, Any]:
+        """As of any system, with the program's name in place of agents."""
+        return {**super().spec(), "program": getattr(self.program, "__qualname__", type(self.program).__qualname__)}
+
+
+def adopt(program: Callable[..., Any], **options: Any) -> System:
+    """Make any `dspy.Module` or callable a system that can be run, evaluated, gated and promoted.
+
+    Args:
+        program: called with the inputs as keyword arguments; may return a `dspy.Prediction`, a mapping, a pydantic
+            model or a value (which becomes the output `value`).
+        options: as for `System`: name, model, budget, success, metrics, files.
+    """
+    if isinstance(program, System):
+        return program
+    if isinstance(program, Agent):
+        return System(options.pop("name", program.name), [program], **options)
+    if not callable(program):
+        raise SourceError(f"cannot adopt {program!r}: it is neither a dspy.Module nor callable")
+    return Adopted(program, **options)

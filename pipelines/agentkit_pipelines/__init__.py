@@ -1,0 +1,1 @@
+"""Pipelines: evaluate, gate, promote, roll back, batch; the papermill notebooks behind them and the command line."""

@@ -1,0 +1,122 @@
+"""Looks at the machine and the stores, and says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+from agentkit.errors import AgentkitError
+
+_PACKAGES = ("dspy", "mlflow", "duckdb", "polars", "papermill", "marimo", "scikit-learn", "jupyterlab")
+_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY", "gemini": "GEMINI_API_KEY", "groq": "GROQ_API_KEY"}
+_MIN_FREE_GB = 1.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; `advice` says what to do where the level is not ok."""
+
+    level: Literal["ok", "warn", "bad"]
+    what: str
+    advice: str = ""
+
+
+def examine(*, port: int = 5000, repair: bool = False) -> list[Finding]:
+    """All findings, in the order in which a user would want to mend them."""
+    return [*_python(), *_packages(), *_home(), *_models(), *_store(repair), *_port(port)]
+
+
+def _python() -> Iterator[Finding]:
+    found = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < (3, 11):
+        yield Finding("bad", f"Python {found}", "agentkit needs 3.11 or newer")
+    else:
+        yield Finding("ok", f"Python {found}, {os.cpu_count()} cores")
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        yield Finding("warn", "PYTHONDONTWRITEBYTECODE is set", "unset it: without bytecode every start takes twice as long")
+
+
+def _packages() -> Iterator[Finding]:
+    for name in _PACKAGES:
+        try:
+            yield Finding("ok", f"{name} {version(name)}")
+        except PackageNotFoundError:
+            extra = "agentkit-hedgehog[lab]" if name == "jupyterlab" else "agentkit-hedgehog"
+            yield Finding("warn" if name == "jupyterlab" else "bad", f"{name} is not installed", f"pip install '{extra}'")
+
+
+def _home() -> Iterator[Finding]:
+    from agentkit_tracking.home import home
+
+    folder = home()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        yield Finding("bad", f"{folder} cannot be written ({e.strerror})", "set AGENTKIT_HOME to a folder that can")
+        return
+    free = shutil.disk_usage(folder).free / 1e9
+    level: Literal["ok", "warn"] = "ok" if free >= _MIN_FREE_GB else "warn"
+    yield Finding(level, f"home {folder}, {free:.1f} GB free", "" if level == "ok" else "free some space")
+
+
+def _models() -> Iterator[Finding]:
+    from agentkit.models import EMBEDDED, load_settings, resolve_name
+
+    try:
+        settings = load_settings()
+        tiers = {tier: resolve_name(tier, settings) for tier in sorted({"fast", "strong", *settings.models})}
+    except AgentkitError as e:
+        yield Finding("bad", str(e), "mend agentkit.toml, or unset AGENTKIT_LM")
+        return
+    for tier, model in tiers.items():
+        key = _KEYS.get(model.split("/")[0])
+        if key and not os.environ.get(key) and "api_key" not in settings.options.get(model, {}):
+            yield Finding("bad", f"model tier {tier} is {model}, but {key} is not set", f"export {key}=…")
+        else:
+            note = " (in process, no LLM)" if model == EMBEDDED else ""
+            yield Finding("ok", f"model tier {tier}: {model}{note}")
+
+
+def _store(repair: bool) -> Iterator[Finding]:
+    from agentkit_pipelines.promotion import find_production, mirror_prompts, mirrors_wrong
+    from agentkit_tracking import registry
+    from agentkit_tracking.home import tracking_uri
+
+    try:
+        names = registry.systems()
+    except AgentkitError as e:
+        yield Finding("bad", str(e))
+        return
+    yield Finding("ok", f"MLflow store {tracking_uri()}: {len(names)} systems; `production` is enforced at load only")
+    for name in names:
+        production = find_production(name)
+        if production is None:
+            continue
+        try:
+            registry.fetch_version(production)
+            yield Finding("ok", f"{name}@production is {production}, release {production.release_id[:12]}, intact")
+        except AgentkitError as e:
+            yield Finding("bad", f"{name}@production: {e}", f"agentkit rollback {name}")
+        if wrong := mirrors_wrong(production):
+            mended = mirror_prompts(production) if repair else 0
+            advice = "" if mended else "agentkit doctor --repair"
+            yield Finding("ok" if mended else "warn", f"{name}: {len(wrong)} prompt aliases differ from production", advice)
+
+
+def _port(port: int) -> Iterator[Finding]:
+    with socket.socket() as s:
+        s.settimeout(0.5)
+        taken = s.connect_ex(("127.0.0.1", port)) == 0
+    if taken:
+        yield Finding("warn", f"port {port} is taken", f"`agentkit ui --port {port + 1}`, or it is the UI already running")
+    else:
+        yield Finding("ok", f"port {port} is free for `agentkit ui`")

@@ -1,0 +1,224 @@
+"""Runs a set of examples through a system, repeated under seeded perturbations, and scores every run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dspy
+import polars as pl
+
+from agentkit.budget import Budget, Ledger
+from agentkit.embedded import EmbeddedEngine
+from agentkit.errors import BudgetExceeded, UsageError
+from agentkit.examples import Example
+from agentkit.mapping import default_workers, in_parallel
+from agentkit.metrics import Metric
+from agentkit.models import EMBEDDED, MeteredLM, Price
+from agentkit.perturb import perturb
+from agentkit.records import RunRecord
+from agentkit.systems import System
+
+FREE_REPEATS = 8  # of a model that costs nothing
+PAID_REPEATS = 3
+_SECONDS_PER_CALL = 1.0  # assumed of a provider's model when estimating minutes
+_PROBES = 12
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an evaluation would take; `usd` is None when no price is known."""
+
+    runs: int
+    calls: int
+    tokens_in: int
+    tokens_out: int
+    usd: float | None
+    minutes: float
+
+
+def default_repeats(system: System) -> int:
+    """8 for the free in-process model, 3 for a provider's."""
+    return FREE_REPEATS if system.lm.model == EMBEDDED else PAID_REPEATS
+
+
+def exercised(system: System) -> frozenset[str]:
+    """The rule families the model gives real figures for: a free in-process model proves nothing of cost or latency."""
+    return frozenset() if system.lm.model == EMBEDDED else frozenset({"cost", "latency"})
+
+
+def estimate(system: System, examples: Sequence[Example], repeats: int, workers: int | None = None) -> Estimate:
+    """Calls, tokens, USD and minutes of an evaluation, found without a paid call.
+
+    A dozen examples run with the embedded model in place of the real one: same workflow, same prompts. What real
+    answers weigh is unknown, so tokens out are those of the stand-in.
+    """
+    sample = list(examples[:: max(1, len(examples) // _PROBES)])[:_PROBES]
+    lm, runs = system.lm, len(examples) * repeats
+    stand_in = MeteredLM(EMBEDDED, engine=EmbeddedEngine(system.weights), cache=False, num_retries=0)
+    stand_in.price = Price(input=0, output=0)
+    records = []
+    for example in sample:
+        with dspy.context(lm=stand_in):
+            records.append(_with_lm(system, stand_in).run(kind="evaluation", **example.inputs))
+    scale = runs / len(sample)
+    tokens = sum(r.tokens_in for r in records) * scale, sum(r.tokens_out for r in records) * scale
+    calls = sum(r.model_calls for r in records) * scale
+    if lm.model == EMBEDDED:
+        minutes = sum(r.seconds for r in records) * scale / 60
+    else:
+        minutes = calls * _SECONDS_PER_CALL / (workers or default_workers(system)) / 60
+    usd = None if lm.price is None else lm.price.usd(*tokens)
+    return Estimate(runs, round(calls), round(tokens[0]), round(tokens[1]), usd, minutes)
+
+
+def _with_lm(system: System, lm: MeteredLM) -> System:
+    """A shallow copy of the system that calls another model."""
+    import copy
+
+    twin = copy.copy(system)
+    twin._lm = ((twin.model, id(twin.weights)), lm)
+    return twin
+
+
+def evaluate(
+    system: System,
+    examples: Sequence[Example],
+    *,
+    repeats: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    max_usd: float | None = None,
+    progress: Progress | None = None,
+) -> pl.DataFrame:
+    """Run every example `repeats` times and score each run.
+
+    Repeat 0 uses the inputs as they are; the others are perturbed by (seed, case, repeat), alike for every version,
+    so that versions can be compared pairwise. No cache is used. `progress(done, total)` is called after each run.
+
+    Returns:
+        One row per case and repeat, sorted: case_id, repeat, task_type, run_id, state, route, error, success,
+        task_failure (the run ended FAILED: an error or invalid output), escalated (a person was asked or the output's
+        `action` is escalate), confidence, cost_usd (USD), latency_s (without waiting for people), planning_s,
+        execution_s, reflection_s (seconds), tokens_in, tokens_out, model_calls, tool_calls, one column per metric
+        (null where it crashed; false or 0 where the run failed), metric_errors (text) and output (JSON text).
+
+    Raises:
+        UsageError: nothing to evaluate, or the system names no success metric.
+        BudgetExceeded: `max_usd` was reached; nothing further is spent, what was done is in the run log.
+    """
+    if not examples:
+        raise UsageError("there are no examples to evaluate")
+    if system.success is None:
+        raise UsageError(f"{system.name} names no success metric; give System(…, success=metric)")
+    if any(not e.expected for e in examples):
+        unlabelled = [e.id for e in examples if not e.expected]
+        raise UsageError(f"{len(unlabelled)} examples have no expected values yet, e.g. {unlabelled[0]!r}; label them")
+    repeats = repeats or default_repeats(system)
+    ledger = Ledger(Budget(None, None, None, None, max_usd, None))
+    jobs = [(example, repeat) for repeat in range(repeats) for example in examples]
+
+    def work(job: tuple[Example, int]) -> dict[str, Any]:
+        example, repeat = job
+        inputs = perturb(example.inputs, case_id=example.id, repeat=repeat, seed=seed)
+        record = system.run(kind="evaluation", ledger=ledger, **inputs)
+        if max_usd is not None and (record.error or "").startswith(f"BudgetExceeded: budget of {max_usd:g} usd"):
+            raise BudgetExceeded("usd", max_usd, ledger.used["usd"], 0.0)
+        return {"case_id": example.id, "repeat": repeat, "task_type": example.task_type, **_score(system, example, record)}
+
+    rows = []
+    for i, (_, row) in enumerate(in_parallel(work, jobs, workers or default_workers(system)), 1):
+        rows.append(row)
+        if progress is not None:
+            progress(i, len(jobs))
+    return _frame(rows, metrics_of(system))
+
+
+def metrics_of(system: System) -> dict[str, Metric]:
+    """The system's metrics by name, success first.
+
+    Raises:
+        UsageError: two share a name.
+    """
+    named = [(getattr(m, "__name__", type(m).__name__), m) for m in system.metrics]
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names) or "success" in names:
+        raise UsageError(f"metric names must differ and not be `success`: {names}; pass name=… to the ready ones")
+    assert system.success is not None
+    return {"success": system.success, **dict(named)}
+
+
+def _score(system: System, example: Example, record: RunRecord) -> dict[str, Any]:
+    failed = record.state != "DONE"
+    expected, errors, scores = example.for_dspy(), [], {}
+    prediction = None if failed else dspy.Prediction(**_attributes(record), route=record.route, record=record)
+    for name, metric in metrics_of(system).items():
+        try:
+            scores[name] = None if failed else _plain(metric(expected, prediction))
+        except Exception as e:
+            scores[name] = None
+            errors.append(f"{name}: {type(e).__name__}: {e}")
+    output = record.output or {}
+    confidence = output.get("confidence")
+    return {
+        "run_id": record.run_id,
+        "state": record.state,
+        "route": record.route,
+        "error": record.error,
+        "task_failure": failed,
+        "escalated": output.get("action") == "escalate" or any(s.kind == "approval" for s in record.steps),
+        "confidence": float(confidence) if isinstance(confidence, int | float) else None,
+        "cost_usd": record.usd,
+        "latency_s": record.seconds - record.waited_s,
+        **{f"{phase}_s": record.phases[phase] for phase in ("planning", "execution", "reflection")},
+        "tokens_in": record.tokens_in,
+        "tokens_out": record.tokens_out,
+        "model_calls": record.model_calls,
+        "tool_calls": record.tool_calls,
+        **scores,
+        "metric_errors": "; ".join(errors) or None,
+        "output": json.dumps(output, ensure_ascii=False),
+    }
+
+
+def _attributes(record: RunRecord) -> dict[str, Any]:
+    return {k: v for k, v in (record.output or {}).items() if k not in ("route", "record")}
+
+
+def _plain(value: Any) -> bool | float | str:
+    """A metric's value as bool, float or str; numpy scalars are taken as what they hold."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    raise TypeError(f"a metric returns bool, float or str, got {value!r}")
+
+
+def _frame(rows: list[dict[str, Any]], metrics: dict[str, Metric]) -> pl.DataFrame:
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    failed = columns["task_failure"]
+    for name in metrics:
+        kinds = {type(v) for v in columns[name] if v is not None}
+        if len(kinds) > 1:
+            raise UsageError(f"metric {name!r} returned values of different kinds: {sorted(k.__name__ for k in kinds)}")
+        kind = kinds.pop() if kinds else bool
+        if name == "success" and kind is not bool:
+            raise UsageError(f"the success metric must return True or False, it returned {kind.__name__}")
+        # A failed run got nothing right; only a crash of the metric itself leaves a null.
+        blank = {bool: False, float: 0.0, str: "(run failed)"}[kind]
+        columns[name] = [blank if f else v for v, f in zip(columns[name], failed, strict=True)]
+    text = {n: pl.String for n in ("case_id", "task_type", "run_id", "state", "route", "error", "metric_errors", "output")}
+    frame = pl.DataFrame(columns, schema_overrides=text | {"confidence": pl.Float64, "cost_usd": pl.Float64}, strict=False)
+    if frame["cost_usd"].is_nan().any():
+        raise UsageError("the model's price is unknown, so costs are; add it under [prices] of agentkit.toml")
+    return frame.sort("case_id", "repeat")
+
+
+def bad_rows(results: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    """Rows of a dev evaluation that did not succeed, for their author to look at."""
+    return results.filter(~pl.col("success").fill_null(False)).iter_rows(named=True)

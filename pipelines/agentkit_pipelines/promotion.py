@@ -1,0 +1,350 @@
+"""The road of one version: evaluate, judge, and on `pass` move the alias; and the road back.
+
+Order of writing on `pass`: evidence, then the previous production, then the model's alias (the one commit point), then
+the prompt aliases, which only mirror it. A crash before the alias leaves the old production in force; a crash after
+it leaves mirrors that the next promotion or `agentkit doctor --repair` sets right.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from agentkit.errors import BudgetExceeded, ReleaseError, UsageError
+from agentkit.examples import read_examples, sha256_of
+from agentkit_pipelines import report
+from agentkit_pipelines.gate import Verdict
+from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_notebook
+from agentkit_pipelines.thresholds import load_thresholds
+from agentkit_tracking import registry
+from agentkit_tracking.home import connect, experiment_id, home, project_root
+from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
+
+Say = Callable[[str], None]
+_RESULTS, _VERDICT, _SETTINGS = "results.parquet", "verdict.json", "settings.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate, on what, against which bar."""
+
+    version: Version
+    golden: Path
+    thresholds: Path | None
+    repeats: int | None = None
+    seed: int = 0
+    workers: int | None = None
+    max_usd: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation. `verdict` is None where there were no thresholds; `production` is what it was compared to."""
+
+    version: Version
+    folder: Path
+    results: pl.DataFrame
+    verdict: Verdict | None
+    production: Version | None
+    run_id: str
+    attempts: int
+    evidence: dict[str, Any]
+
+
+def find_golden(system: str, given: Path | None = None) -> Path:
+    """The golden set: the file given, else `data/<system>/golden.jsonl`, else the only `data/*/golden.jsonl`.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    if given is not None:
+        return given
+    data = project_root() / "data"
+    if (own := data / system / "golden.jsonl").is_file():
+        return own
+    found = sorted(data.glob("*/golden.jsonl"))
+    if len(found) != 1:
+        raise UsageError(f"{len(found)} golden sets below {data}; name one with --golden FILE.jsonl")
+    return found[0]
+
+
+def find_thresholds(system: str, given: Path | None = None) -> Path:
+    """The thresholds file: the one given, else `thresholds/<system>.yaml` in the project or beside this module.
+
+    Raises:
+        UsageError: there is none.
+    """
+    places = [given] if given else [f / "thresholds" / f"{system}.yaml" for f in (project_root(), Path(__file__).parent)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UsageError(f"no thresholds for {system}: expected {' or '.join(map(str, places))}; see pipelines/README.md")
+
+
+# ---- evaluate
+
+
+def evaluate(plan: Plan, *, progress: Progress | None = None, say: Say = lambda _: None) -> Evaluation:
+    """Run the evaluate notebook in a kernel, then log everything to MLflow in bulk. Moves no alias.
+
+    Raises:
+        UsageError, DataError, ReleaseError: wrong input; found before a kernel starts.
+        BudgetExceeded: `max_usd` was reached.
+        NotebookFailed: a cell raised; the executed notebook is kept.
+    """
+    examples = read_examples(plan.golden)
+    thresholds = None if plan.thresholds is None else load_thresholds(plan.thresholds)
+    if thresholds is not None and thresholds.system != plan.version.name:
+        raise UsageError(f"{plan.thresholds} is for {thresholds.system!r}, not for {plan.version.name!r}")
+    folder, _ = registry.fetch_version(plan.version)
+    production = find_production(plan.version.name)
+    compared = production if production is not None and production.release_id != plan.version.release_id else None
+    output = _output_folder(plan.version)
+    parameters: dict[str, Any] = {
+        "version": str(folder),
+        "golden": str(plan.golden.resolve()),
+        "thresholds": str(plan.thresholds.resolve()) if plan.thresholds else "",
+        "seed": plan.seed,
+    }
+    optional = {"repeats": plan.repeats, "workers": plan.workers, "max_usd": plan.max_usd}
+    parameters |= {name: value for name, value in optional.items() if value is not None}
+    if compared is not None and thresholds is not None:
+        parameters |= _production_parameters(compared, plan)
+    say(f"evaluating {plan.version} on {len(examples)} cases of {plan.golden.name}")
+    try:
+        notebook = run_notebook("evaluate", parameters, output, progress)
+    except NotebookFailed as e:
+        _log_failure(plan, e)
+        if e.error_name == BudgetExceeded.__name__:
+            raise BudgetExceeded("usd", plan.max_usd or 0.0, plan.max_usd or 0.0, 0.0) from e
+        raise
+    return _log(plan, output, notebook, compared)
+
+
+def _output_folder(version: Version) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    folder = home() / "evaluations" / f"{stamp}-{version.name}-{version.number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _production_parameters(production: Version, plan: Plan) -> dict[str, str]:
+    """Results of production on the same cases and seeds: those of its own promotion if they fit, else evaluated anew."""
+    found = {"production": str(registry.fetch_version(production)[0])}
+    kept = _download_results(production)
+    if kept is not None:
+        settings = json.loads((kept / _SETTINGS).read_text())
+        same_set = settings["golden_sha256"] == sha256_of(plan.golden) and settings["seed"] == plan.seed
+        if same_set and settings["repeats"] == (plan.repeats or settings["repeats"]) and settings["deterministic"]:
+            found["production_results"] = str(kept / _RESULTS)
+    return found
+
+
+def _download_results(version: Version) -> Path | None:
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    run_id = (version.tags or {}).get(f"{TAG}evaluation_run")
+    if run_id is None:
+        return None
+    try:
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="evidence"))
+    except (MlflowException, OSError):
+        return None
+
+
+def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> Evaluation:
+    """Everything into one MLflow run: metrics in one batch, plots, per-case table, executed notebook, evidence."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    client, version = connect(), plan.version
+    results = pl.read_parquet(output / _RESULTS)
+    verdict = _read_verdict(output)
+    settings = json.loads((output / _SETTINGS).read_text())
+    evidence = {
+        "system": version.name,
+        "version": version.number,
+        "release": version.release_id,
+        "compared_with": compared.release_id if compared else None,
+        "verdict": verdict.verdict if verdict else None,
+        "results_sha256": sha256_of(output / _RESULTS),
+        "notebook_sha256": sha256_of(notebook),
+        **settings,
+    }
+    (output / "evidence.json").write_text(json.dumps(evidence, indent=2, sort_keys=True))
+    experiment = experiment_id(version.name)
+    attempts = _count_attempts(experiment, settings["golden_sha256"]) + 1
+    tags = {
+        f"{TAG}kind": "evaluation",
+        f"{TAG}release": version.release_id,
+        f"{TAG}version": str(version.number),
+        f"{TAG}golden": settings["golden_sha256"],
+        f"{TAG}verdict": verdict.verdict if verdict else "none",
+        f"{TAG}attempt": str(attempts),
+    }
+    if verdict is not None:
+        tags["mlflow.note.content"] = report.verdict_text(verdict, attempts)
+    run = client.create_run(experiment, run_name=f"evaluate v{version.number}", tags=tags)
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    figures = report.as_metrics(report.summarise(results))
+    metrics = [Metric(k, v, now, 0, model_id=version.model_id, run_id=run.info.run_id) for k, v in figures.items()]
+    params = [Param(k, str(v)) for k, v in settings.items() if k != "exercised"]
+    client.log_batch(run.info.run_id, metrics=metrics, params=params, tags=[RunTag(k, v) for k, v in tags.items()])
+    client.log_artifacts(run.info.run_id, str(output), "evidence")
+    _log_cases(run.info.run_id, results)
+    client.set_terminated(run.info.run_id, "FINISHED")
+    client.set_model_version_tag(version.name, str(version.number), f"{TAG}last_verdict", tags[f"{TAG}verdict"])
+    client.set_model_version_tag(version.name, str(version.number), f"{TAG}evaluation_run", run.info.run_id)
+    return Evaluation(version, output, results, verdict, compared, run.info.run_id, attempts, evidence)
+
+
+def _read_verdict(output: Path) -> Verdict | None:
+    path = output / _VERDICT
+    return Verdict.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def _log_cases(run_id: str, results: pl.DataFrame) -> None:
+    """Per-case outcomes where the UI's run comparison shows them; ids and outcomes, never the case's text."""
+    from mlflow import MlflowClient
+
+    shown = ["case_id", "repeat", "task_type", "state", "route", *report.metric_names(results), "confidence", "latency_s"]
+    columns = {name: results[name].to_list() for name in shown}
+    MlflowClient().log_table(run_id, columns, "cases.json")
+
+
+def _log_failure(plan: Plan, error: NotebookFailed) -> None:
+    """An evaluation that broke is kept, too."""
+    client = connect()
+    tags = {f"{TAG}kind": "evaluation", f"{TAG}version": str(plan.version.number), f"{TAG}verdict": "crash"}
+    run = client.create_run(experiment_id(plan.version.name), run_name=f"evaluate v{plan.version.number}", tags=tags)
+    client.log_artifacts(run.info.run_id, str(error.notebook.parent), "evidence")
+    client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _count_attempts(experiment: str, golden_sha256: str) -> int:
+    query = f"tags.`{TAG}kind` = 'evaluation' and tags.`{TAG}golden` = '{golden_sha256}'"
+    return len(connect().search_runs([experiment], query, max_results=10_000))
+
+
+# ---- promote
+
+
+def promote(plan: Plan, *, progress: Progress | None = None, say: Say = lambda _: None) -> Evaluation:
+    """Evaluate, judge, and on the verdict `pass` make the version production. Otherwise nothing moves.
+
+    Raises:
+        As `evaluate`, and ReleaseError when production changed while the evaluation ran.
+    """
+    if plan.thresholds is None:
+        raise UsageError("a promotion needs thresholds")
+    done = evaluate(plan, progress=progress, say=say)
+    if done.verdict is None:
+        raise ReleaseError("the evaluation left no verdict; nothing was promoted")
+    if done.verdict.verdict == "pass":
+        _commit(done, say)
+    return done
+
+
+def _commit(done: Evaluation, say: Say) -> None:
+    client, version = connect(), done.version
+    before = find_production(version.name)
+    if before is not None and before.release_id == version.release_id:
+        say(f"{version} is in production already")
+        mirror_prompts(version)
+        return
+    if (before and before.release_id) != (done.production and done.production.release_id):
+        raise ReleaseError(f"production of {version.name} changed while {version} was evaluated; promote it again")
+    number = str(version.number)
+    evidence = sha256_of(done.folder / "evidence.json")
+    client.set_model_version_tag(version.name, number, f"{TAG}evidence", evidence)
+    client.set_model_version_tag(version.name, number, f"{TAG}previous", str(before.number) if before else "none")
+    _note(version, "promoted", _who(), f"evidence {evidence[:12]}")
+    client.set_registered_model_alias(version.name, PRODUCTION, number)  # the commit point
+    mirror_prompts(version)
+    if CANDIDATE in version.aliases:
+        client.delete_registered_model_alias(version.name, CANDIDATE)
+    say(f"{version} is now {version.name}@{PRODUCTION}")
+
+
+def mirrors_wrong(version: Version) -> list[dict[str, Any]]:
+    """The prompts of a version whose alias `production` points elsewhere."""
+    client = connect()
+    prompts = json.loads((version.tags or {}).get(f"{TAG}prompts", "{}")).values()
+    found = {p["name"]: client.get_registered_model(p["name"]).aliases.get(PRODUCTION) for p in prompts}
+    return [p for p in prompts if str(found[p["name"]]) != str(p["version"])]
+
+
+def mirror_prompts(version: Version) -> int:
+    """Point the prompts' production aliases at the version's prompts; returns how many were wrong.
+
+    Also mends what a promotion or rollback that was cut off left behind.
+    """
+    wrong = mirrors_wrong(version)
+    for prompt in wrong:
+        connect().set_prompt_alias(prompt["name"], PRODUCTION, prompt["version"])
+    return len(wrong)
+
+
+def candidates() -> list[Version]:
+    """Every version that carries the alias `candidate`."""
+    return [v for name in registry.systems() for v in registry.versions(name) if CANDIDATE in v.aliases]
+
+
+def find_production(name: str) -> Version | None:
+    """The version in production, or None."""
+    return next((v for v in registry.versions(name) if PRODUCTION in v.aliases), None)
+
+
+# ---- back
+
+
+def rollback(name: str, *, why: str, who: str | None = None, say: Say = lambda _: None) -> tuple[Version, Version]:
+    """Make the release that was production before the present one production again, whole.
+
+    Returns:
+        (the version left, the version now in force).
+
+    Raises:
+        ReleaseError: nothing is in production, there is no previous one, or it is not intact; nothing moved.
+    """
+    current = find_production(name)
+    if current is None:
+        raise ReleaseError(f"{name} has no version in production; there is nothing to roll back")
+    previous = (current.tags or {}).get(f"{TAG}previous", "none")
+    if previous == "none":
+        raise ReleaseError(
+            f"{current} was the first in production; there is nothing to go back to. Promote another version, or take "
+            f"the alias away in the MLflow UI to stop it"
+        )
+    target = registry.resolve(f"{name}/{previous}")
+    registry.fetch_version(target)  # whole and unaltered, before anything moves
+    _note(current, "rolled_back", who or _who(), why)
+    connect().set_registered_model_alias(name, PRODUCTION, str(target.number))
+    mirror_prompts(target)
+    say(f"{name}@{PRODUCTION} is {target} again")
+    return current, target
+
+
+def _who() -> str:
+    try:
+        return os.environ.get("AGENTKIT_AUTHOR") or getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
+
+
+def _note(version: Version, event: str, who: str, why: str) -> None:
+    """Who, when and why, as a tag of the version and in its description."""
+    client, number = connect(), str(version.number)
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    client.set_model_version_tag(version.name, number, f"{TAG}{event}", json.dumps({"who": who, "when": when, "why": why}))
+    text = client.get_model_version(version.name, number).description or ""
+    words = event.replace("_", " ").capitalize()
+    client.update_model_version(version.name, number, f"{text}\n- {words} {when} by {who}: {why}")

@@ -1,0 +1,103 @@
+"""The folder that holds everything local, and the connection to MLflow."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_MARKS = (".agentkit", "pyproject.toml", ".git")
+# Read by mlflow at import or at the first request; a server that is not there must be said within seconds.
+_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def project_root(start: Path | None = None) -> Path:
+    """The nearest folder at or above `start` (default: working directory) that looks like a project, else `start`."""
+    start = (start or Path.cwd()).resolve()
+    return next((d for d in (start, *start.parents) if any((d / mark).exists() for mark in _MARKS)), start)
+
+
+def home() -> Path:
+    """`AGENTKIT_HOME`, or `.agentkit` in the project root: run log, MLflow database, artifacts, fetched releases."""
+    given = os.environ.get("AGENTKIT_HOME")
+    return Path(given).resolve() if given else project_root() / ".agentkit"
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, or a SQLite file in the home."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def prepare_environment() -> None:
+    """Set what mlflow and litellm read from the environment, where the user has not."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def connect() -> MlflowClient:
+    """A client of the tracking and registry store, creating the local one if need be.
+
+    Raises:
+        UsageError: the server named by MLFLOW_TRACKING_URI does not answer.
+    """
+    return _connect(tracking_uri(), str(home()))
+
+
+@cache
+def _connect(uri: str, folder: str) -> MlflowClient:
+    prepare_environment()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    # Creating the local database logs a hundred lines of migrations that mean nothing to a user.
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking._model_registry"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic.runtime.migration"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient(uri)
+    try:
+        client.search_experiments(max_results=1)
+    except MlflowException as e:
+        reason = str(e).splitlines()[0][:200]
+        raise UsageError(
+            f"MLflow at {uri} does not answer ({reason}); start it (`agentkit ui`), or unset MLFLOW_TRACKING_URI "
+            "to use the local store"
+        ) from e
+    return client
+
+
+def experiment_id(system: str) -> str:
+    """The experiment of a system, created when missing (a race between two creators is settled by the store)."""
+    from mlflow.exceptions import MlflowException
+
+    client = connect()
+    found = client.get_experiment_by_name(system)
+    if found is None:
+        uri = tracking_uri()
+        options: dict[str, Any] = {}
+        if uri.startswith("sqlite:"):  # else mlflow would write ./mlruns into the working directory
+            options["artifact_location"] = (home() / "artifacts" / system).as_uri()
+        try:
+            return str(client.create_experiment(system, **options))
+        except MlflowException:
+            found = client.get_experiment_by_name(system)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise UsageError(f"the MLflow experiment {system!r} is deleted; restore it or choose another system name")
+    return str(found.experiment_id)

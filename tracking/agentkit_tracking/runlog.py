@@ -1,0 +1,147 @@
+"""The run log: every process appends to a segment of its own; DuckDB reads them all at once.
+
+Each finished run is one line of JSON, written by one `write` to a file that no other process has open. Nothing is
+locked and readers disturb no writer. A last line torn by a kill is passed over by the reader.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from agentkit.errors import AgentkitError, UsageError
+from agentkit.records import RunRecord
+from agentkit_tracking.home import home
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+_STEP = (
+    "STRUCT(kind VARCHAR, name VARCHAR, state VARCHAR, started DOUBLE, seconds DOUBLE, agent VARCHAR, inputs JSON, "
+    "outputs JSON, model VARCHAR, tokens_in BIGINT, tokens_out BIGINT, usd DOUBLE, error VARCHAR)[]"
+)
+_COLUMNS = {
+    "run_id": "VARCHAR",
+    "system": "VARCHAR",
+    "release": "VARCHAR",
+    "kind": "VARCHAR",
+    "started_at": "TIMESTAMPTZ",
+    "seconds": "DOUBLE",
+    "state": "VARCHAR",
+    "route": "VARCHAR",
+    "inputs": "JSON",
+    "output": "JSON",
+    "error": "VARCHAR",
+    "effects": "JSON",
+    "phases": "STRUCT(planning DOUBLE, execution DOUBLE, reflection DOUBLE)",
+    "waited_s": "DOUBLE",
+    "model_calls": "BIGINT",
+    "tool_calls": "BIGINT",
+    "tokens_in": "BIGINT",
+    "tokens_out": "BIGINT",
+    "usd": "DOUBLE",
+    "steps": _STEP,
+}
+
+
+class RunLog:
+    """Appends to and reads the run log in `folder` (default: `runs` in the home)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or home() / "runs"
+        self._lock = threading.Lock()
+        self._segment: tuple[int, int] | None = None  # (process id, file descriptor)
+
+    def append(self, record: RunRecord) -> None:
+        """Write one record to this process's segment.
+
+        Raises:
+            AgentkitError: the folder cannot be written; earlier records are untouched.
+        """
+        line = record.to_json() + b"\n"
+        with self._lock:
+            try:
+                if os.write(fd := self._descriptor(), line) != len(line):
+                    os.write(fd, b"\n")  # a full disk cut the line; end it so that it stays the only one lost
+                    raise OSError(28, "No space left on device")
+            except OSError as e:
+                raise AgentkitError(
+                    f"run {record.run_id} could not be written to the run log in {self.folder}: {e.strerror}; "
+                    "free space or set AGENTKIT_HOME to a folder that can be written"
+                ) from e
+
+    def _descriptor(self) -> int:
+        pid = os.getpid()
+        if self._segment is None or self._segment[0] != pid:  # first use, or after a fork
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{pid}-{uuid.uuid4().hex[:12]}.jsonl"
+            self._segment = (pid, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        return self._segment[1]
+
+    def close(self) -> None:
+        """Close this process's segment; the next append opens another."""
+        with self._lock:
+            if self._segment is not None and self._segment[0] == os.getpid():
+                os.close(self._segment[1])
+            self._segment = None
+
+    # ---- reading
+
+    def _connection(self) -> duckdb.DuckDBPyConnection:
+        import duckdb
+
+        connection = duckdb.connect()
+        if any(self.folder.glob("*.jsonl")):
+            columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _COLUMNS.items())
+            pattern = str(self.folder / "*.jsonl").replace("'", "''")
+            source = (
+                f"SELECT * FROM read_json('{pattern}', format='newline_delimited', ignore_errors=true, "
+                f"maximum_object_size=67108864, columns={{{columns}}}) WHERE run_id IS NOT NULL"
+            )
+        else:
+            blanks = ", ".join(f"NULL::{kind} AS {name}" for name, kind in _COLUMNS.items())
+            source = f"SELECT {blanks} WHERE false"
+        connection.execute(f"CREATE VIEW runs AS {source}")
+        connection.execute(
+            "CREATE VIEW steps AS SELECT run_id, system, release, i AS step, s.* "
+            "FROM (SELECT *, generate_subscripts(steps, 1) AS i, unnest(steps) AS s FROM runs)"
+        )
+        return connection
+
+    def sql(self, query: str, parameters: list[Any] | None = None) -> pl.DataFrame:
+        """Query the views `runs` (one row per run) and `steps` (one per step) with DuckDB SQL.
+
+        Raises:
+            UsageError: DuckDB refuses the query; its message is passed on.
+        """
+        import duckdb
+
+        with self._connection() as connection:
+            try:
+                return connection.execute(query, parameters or []).pl()
+            except duckdb.Error as e:
+                raise UsageError(f"the run log cannot answer this query: {e}") from e
+
+    def runs(self, limit: int | None = None) -> pl.DataFrame:
+        """Runs, newest first, without their steps."""
+        tail = f" LIMIT {int(limit)}" if limit is not None else ""
+        return self.sql(f"SELECT * EXCLUDE (steps) FROM runs ORDER BY started_at DESC{tail}")
+
+    def steps(self, run_id: str) -> pl.DataFrame:
+        """The steps of one run, in order."""
+        return self.sql("SELECT * FROM steps WHERE run_id = ? ORDER BY step", [run_id])
+
+
+_logs: dict[Path, RunLog] = {}
+
+
+def write(record: RunRecord) -> None:
+    """The sink agentkit calls for every finished run (entry point `agentkit.sinks`)."""
+    folder = home() / "runs"
+    _logs.setdefault(folder, RunLog(folder)).append(record)
