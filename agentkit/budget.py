@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass, fields
@@ -48,6 +49,18 @@ class Ledger:
         with self._lock:
             return {**self._used, "seconds": time.monotonic() - self._opened}
 
+    @property
+    def seconds_left(self) -> float:
+        """Wall time until the nearest deadline, its own or of a ledger above; infinite when there is none."""
+        above = math.inf if self._parent is None else self._parent.seconds_left
+        if self.budget.seconds is None:
+            return above
+        return min(above, self.budget.seconds - (time.monotonic() - self._opened))
+
+    def limits(self, name: str) -> bool:
+        """Whether `name` is limited here or in a ledger above."""
+        return getattr(self.budget, name) is not None or (self._parent is not None and self._parent.limits(name))
+
     def reserve(self, **amounts: float) -> None:
         """Set `amounts` aside.
 
@@ -68,7 +81,8 @@ class Ledger:
                 self._used[name] += amount
 
     def settle(self, reserved: dict[str, float], actual: dict[str, float]) -> None:
-        """Replace a reservation by what was really used."""
+        """Replace a reservation by what was really used; an amount nobody knows (NaN) stays as it was reserved."""
+        actual = {name: reserved.get(name, 0.0) if math.isnan(x) else x for name, x in actual.items()}
         with self._lock:
             for name in reserved.keys() | actual.keys():
                 self._used[name] += actual.get(name, 0.0) - reserved.get(name, 0.0)

@@ -6,29 +6,39 @@ the settings file; anything else is a DSPy model string (`openai/gpt-4.1-mini`, 
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import os
+import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import dspy
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from agentkit.errors import DataError, ModelError
 from agentkit.records import Step
 from agentkit.runs import current_run
 
 if TYPE_CHECKING:
+    from agentkit.budget import Ledger
     from agentkit.embedded import Weights
 
 EMBEDDED = "embedded/default"
 SETTINGS_FILE = "agentkit.toml"
 # Set aside for the answer of a call that names no max_tokens; settled to the true number afterwards.
 _ASSUMED_TOKENS_OUT = 1000
-_step: ContextVar[Step | None] = ContextVar("agentkit_model_step", default=None)
+_BYTES_PER_TOKEN = 3  # of UTF-8; English has more, so a reservation is rather too large than too small
+_LONGEST_WAIT = 60.0  # seconds between two attempts; a server that asks for more is not waited for
+# The step of the call in progress, and whether the caller wants it in DSPy's history.
+_step: ContextVar[tuple[Step, bool] | None] = ContextVar("agentkit_model_step", default=None)
 
 
 class Price(BaseModel):
@@ -36,8 +46,8 @@ class Price(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    input: float = Field(ge=0)
-    output: float = Field(ge=0)
+    input: FiniteFloat = Field(ge=0)
+    output: FiniteFloat = Field(ge=0)
 
     def usd(self, tokens_in: float, tokens_out: float) -> float:
         """What that many tokens cost, USD."""
@@ -54,6 +64,9 @@ class Settings(BaseModel):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="model string to dspy.LM arguments")
 
 
+_PLAINLY = {"extra_forbidden": f"no such key; there are {', '.join(Settings.model_fields)}, prices have input and output"}
+
+
 def load_settings(path: Path | None = None) -> Settings:
     """The settings of `path`, or of the nearest `agentkit.toml` at or above the working directory (none: empty).
 
@@ -67,13 +80,13 @@ def load_settings(path: Path | None = None) -> Settings:
     settings = Settings()
     if found is not None:
         try:
-            settings = Settings.model_validate(tomllib.loads(found.read_text()))
+            settings = Settings.model_validate(tomllib.loads(found.read_text(encoding="utf-8")))
         except OSError as e:
             raise DataError(f"cannot read the settings file {found}: {e.strerror}") from e
-        except tomllib.TOMLDecodeError as e:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise DataError(f"{found} is not valid TOML: {e}") from e
         except ValidationError as e:
-            problems = [f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors()]
+            problems = [f"{'.'.join(map(str, x['loc']))}: {_PLAINLY.get(x['type'], x['msg'])}" for x in e.errors()]
             raise DataError(f"{found} does not follow the settings schema:", problems) from e
     if everything := os.environ.get("AGENTKIT_LM"):
         tiers = {tier: everything for tier in {"fast", "strong", *settings.models}}
@@ -85,82 +98,135 @@ def resolve_name(name: str, settings: Settings) -> str:
     """The model string behind a tier name; a model string stands for itself.
 
     Raises:
-        ModelError: a bare word that is no tier.
+        ModelError: a bare word that is no tier, or a tier that stands for one.
     """
-    if name in settings.models:
-        return settings.models[name]
-    if name in ("fast", "strong"):
-        return EMBEDDED
-    if "/" not in name:
-        close = difflib.get_close_matches(name, ["fast", "strong", *settings.models], n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ModelError(f"model {name!r} is neither a tier of {SETTINGS_FILE} nor of the form provider/model{hint}")
-    return name
+    model = settings.models.get(name, EMBEDDED if name in ("fast", "strong") else name)
+    if "/" in model:
+        return model
+    if model != name:
+        raise ModelError(f"tier {name!r} stands for {model!r}, which is not of the form provider/model")
+    close = difflib.get_close_matches(name, ["fast", "strong", *settings.models], n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ModelError(f"model {name!r} is neither a tier of {SETTINGS_FILE} nor of the form provider/model{hint}")
 
 
 class MeteredLM(dspy.LM):  # type: ignore[misc]
-    """A `dspy.LM` whose calls inside a run are reserved in the run's budget, timed, priced and recorded."""
+    """A `dspy.LM` whose calls inside a run are reserved in the run's budget, timed, priced and recorded.
+
+    It repeats failed attempts itself, since each is a request the provider may charge: each is reserved and recorded.
+    DSPy's cache is never used: a cached answer would look fast and free.
+    """
 
     price: Price | None = None
+    retries: int = 0
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
-        run = current_run()
-        if run is None:
-            return self._translated(super().__call__, prompt, messages, kwargs)
-        with run.model_call(self.model, self._reservation(run.ledger.budget.usd, prompt, messages, kwargs)) as step:
-            token = _step.set(step)
+        kwargs["cache"] = False
+        for attempt in count():
             try:
-                return self._translated(super().__call__, prompt, messages, kwargs)
-            finally:
-                _step.reset(token)
+                with self._metering(prompt, messages, kwargs):
+                    return super().__call__(prompt, messages=messages, **kwargs)
+            except dspy.LMError as e:
+                wait = self._wait(e, attempt)
+            time.sleep(wait)
+
+    async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
+        """`__call__` beside a running event loop."""
+        kwargs["cache"] = False
+        for attempt in count():
+            try:
+                with self._metering(prompt, messages, kwargs):
+                    return await super().acall(prompt, messages=messages, **kwargs)
+            except dspy.LMError as e:
+                wait = self._wait(e, attempt)
+            await asyncio.sleep(wait)
+
+    def retry_itself(self) -> None:
+        """Take the retries over from DSPy."""
+        self.retries, self.num_retries = self.num_retries, 0
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """DSPy hands over usage and cost here, on the calling thread, once per answered call."""
-        if (step := _step.get()) is not None:
+        step, keep = _step.get() or (None, True)
+        if step is not None:
             usage = entry.get("usage") or {}
-            step.tokens_in += usage.get("prompt_tokens") or 0
-            step.tokens_out += usage.get("completion_tokens") or 0
-            # An unknown price is not zero: NaN shows as null in the log and stops cost rules.
-            cost = entry.get("cost") if self.price is None else self.price.usd(step.tokens_in, step.tokens_out)
+            counted = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            step.tokens_in += counted[0] or 0
+            step.tokens_out += counted[1] or 0
+            cost = entry.get("cost")
+            if self.price is not None:
+                known = None not in counted or self.price == Price(input=0, output=0)
+                cost = self.price.usd(step.tokens_in, step.tokens_out) if known else None
+            # An unknown cost is not zero: NaN shows as null in the log and stops cost rules.
             step.usd = float("nan") if cost is None else cost
-            if current_run() is not None:
-                step.outputs = entry.get("outputs")
-        super().update_history(entry)
+            step.outputs = entry.get("outputs")
+        if keep:
+            super().update_history(entry)
 
-    def _reservation(self, usd_limit: float | None, prompt: Any, messages: Any, kwargs: Any) -> dict[str, float]:
-        text = prompt or "".join(str(m.get("content", "")) for m in messages or ())
-        tokens_in = len(text) / 4
-        tokens_out = kwargs.get("max_tokens") or self.kwargs.get("max_tokens") or _ASSUMED_TOKENS_OUT
-        usd = 0.0
+    @contextmanager
+    def _metering(self, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+        run = current_run()
+        if run is None:
+            yield
+            return
+        keep = not dspy.settings.disable_history
+        with run.model_call(self.model, self._reservation(run.ledger, prompt, messages, kwargs)) as step:
+            token = _step.set((step, keep))
+            try:
+                with dspy.context(disable_history=False):  # else the call would look free
+                    yield
+            finally:
+                _step.reset(token)
+
+    def _reservation(self, ledger: Ledger, prompt: Any, messages: Any, kwargs: dict[str, Any]) -> dict[str, float]:
+        text = "".join(str(m.get("content", "")) for m in messages) if messages else str(prompt)
+        tokens_in = len(text.encode("utf-8", "replace")) / _BYTES_PER_TOKEN
+        options = {**self.kwargs, **kwargs}
+        answers = options.get("n") or 1
+        most = options.get("max_tokens") or options.get("max_completion_tokens") or _ASSUMED_TOKENS_OUT
+        tokens_in, tokens_out, usd = tokens_in * answers, most * answers, 0.0
         if self.price is not None:
             usd = self.price.usd(tokens_in, tokens_out)
-        elif usd_limit is not None:
+        elif ledger.limits("usd"):
             raise ModelError(f"a USD limit is set but no price is known for {self.model}; add it to [prices]")
         return {"model_calls": 1, "tokens_in": tokens_in, "tokens_out": tokens_out, "usd": usd}
 
-    def _translated(self, call: Any, prompt: Any, messages: Any, kwargs: Any) -> Any:
-        try:
-            return call(prompt, messages=messages, **kwargs)
-        except dspy.LMError as e:
-            raise ModelError(f"{self.model}: {_advice(e)}") from e
+    def _wait(self, error: dspy.LMError, attempt: int) -> float:
+        """Seconds until the next attempt; raises ModelError when there is to be none."""
+        wait = 2.0**attempt if error.retry_after is None else error.retry_after
+        run = current_run()
+        longest = _LONGEST_WAIT if run is None else min(_LONGEST_WAIT, run.ledger.seconds_left)
+        if attempt >= self.retries or wait > longest or not dspy.is_retryable_lm_error(error):
+            raise ModelError(f"{self.model}: {_advice(error)}") from error
+        return float(wait)
 
 
 def _advice(error: dspy.LMError) -> str:
     """One line: what happened and what to do."""
-    first = (str(error.message or error).strip() or type(error).__name__).splitlines()[0][:200]
+    first = (str(error.message or error).strip() or type(error).__name__).splitlines()[0]
+    first = shorten(first, 200, placeholder=" …")
     match error:
-        case dspy.LMAuthError() | dspy.LMConfigurationError():
-            return f"no valid key ({first}); set the provider's key variable, e.g. OPENAI_API_KEY"
-        case dspy.LMTimeoutError():
-            return f"the model did not answer in time ({first}); raise `timeout` in [options] of {SETTINGS_FILE}"
+        case dspy.LMAuthError() | dspy.LMNotConfiguredError():
+            names = " or ".join(getattr(error, "env_keys", ())) or "e.g. OPENAI_API_KEY"
+            return f"no valid key ({first}); set the provider's key variable, {names}"
+        case dspy.LMTransportError() | dspy.LMTimeoutError() if _timed_out(error):
+            return f"the model did not answer in time ({first.split(';')[0]}); raise `timeout` in [options] of {SETTINGS_FILE}"
         case dspy.LMRateLimitError():
-            return f"rate limited, also after retries ({first}); run fewer workers or wait"
+            asked = "" if error.retry_after is None else f", asks to wait {error.retry_after:g} s"
+            return f"rate limited ({first}{asked}); run fewer workers or wait"
         case dspy.LMTransportError():
             return f"the server cannot be reached ({first}); check api_base and the network"
         case dspy.LMUnsupportedModelError():
             return f"unknown model ({first}); check the name after the slash"
         case _:
             return f"the provider answered with an error ({first})"
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    """Whether a time-out is behind it; DSPy reports one while reading as a transport error."""
+    while error is not None and not isinstance(error, TimeoutError | dspy.LMTimeoutError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def build_lm(name: str, *, settings: Settings | None = None, weights: Weights | None = None) -> MeteredLM:
@@ -175,7 +241,7 @@ def build_lm(name: str, *, settings: Settings | None = None, weights: Weights | 
     """
     settings = settings or load_settings()
     model = resolve_name(name, settings)
-    options = {"cache": False, "num_retries": 2, **settings.options.get(model, {})}
+    options = {"timeout": 60, "num_retries": 2, **settings.options.get(model, {})}
     if model.startswith("embedded/"):
         if model != EMBEDDED:
             raise ModelError(f"unknown embedded model {model!r}; there is one: {EMBEDDED!r}")
@@ -187,7 +253,8 @@ def build_lm(name: str, *, settings: Settings | None = None, weights: Weights | 
     if weights is not None:
         raise ModelError(f"fitted weights belong to the embedded engine, not to {model!r}")
     try:
-        lm = MeteredLM(model, timeout=options.pop("timeout", 60), **options)
+        lm = MeteredLM(model, **options)
+        lm.retry_itself()
     except (TypeError, ValueError, dspy.LMError) as e:
         raise ModelError(f"{model}: {str(e).splitlines()[0]}") from e
     lm.price = settings.prices.get(model) or _listed_price(model)
@@ -200,6 +267,7 @@ def metered(lm: Any) -> Any:
         return lm
     copy = lm.copy()
     copy.__class__ = MeteredLM
+    copy.retry_itself()
     copy.price = load_settings().prices.get(lm.model) or _listed_price(lm.model)
     return copy
 

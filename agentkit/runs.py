@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,30 +11,41 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import TypeAdapter
 
 from agentkit.budget import Budget, Ledger
-from agentkit.errors import IllegalTransition, PermissionDenied
+from agentkit.errors import IllegalTransition, PermissionDenied, Refusal
 from agentkit.records import RunRecord, Step
 from agentkit.states import PHASES, TRANSITIONS, State
 from agentkit.tools import ApprovalRequest, Approver, Inventory, Tool
 
 _current: ContextVar[Run | None] = ContextVar("agentkit_run", default=None)
 _JSONABLE = TypeAdapter(Any)
+DSPY_SETTING = "agentkit_run"  # DSPy hands its settings, but no context variables, to the threads it starts
 
 
 def current_run() -> Run | None:
-    """The run this code is part of, or None."""
-    return _current.get()
+    """The run this code is part of, or None.
+
+    Threads that DSPy starts (`dspy.Parallel`) belong to their caller's run; to others give `contextvars.copy_context()`.
+    """
+    run = _current.get()
+    if run is None and (dspy := sys.modules.get("dspy")):
+        run = dspy.settings.get(DSPY_SETTING)
+    return run
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as JSON-able data; objects pydantic does not know become their `str`."""
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
+    """`value` as JSON-able data; objects pydantic does not know become their `str`.
+
+    A value that is no data at all (circular, bytes that are no text) becomes its `repr`: no record is lost to it.
+    """
     if value is None or isinstance(value, str | int | float | bool):
         return value
-    return _JSONABLE.dump_python(value, mode="json", fallback=str)
+    try:
+        return _JSONABLE.dump_python(value, mode="json", fallback=str, warnings=False)
+    except ValueError:
+        return repr(value)
 
 
 class Run:
@@ -60,6 +72,7 @@ class Run:
         self.effects: list[dict[str, Any]] = []
         self._approver = approver
         self._inventory: Inventory | None = None
+        self._refusal: Refusal | None = None
         self._started_at = datetime.now(UTC)
         self._t0 = self._entered = time.perf_counter()
         self._in_state: dict[State, float] = {}
@@ -98,9 +111,10 @@ class Run:
             agent, names = (inventory.agent, [t.name for t in inventory.tools]) if inventory else ("(none)", [])
             error = PermissionDenied(agent, tool.name, names)
             self._step("tool", tool.name, started=time.perf_counter(), inputs=jsonable(arguments), error=str(error))
+            self._refusal = self._refusal or error
             raise error
         values = tool.validate(arguments)
-        self.ledger.reserve(tool_calls=1)
+        self._reserve(tool_calls=1)
         if (reason := tool.human_needed(values)) and not self._ask(inventory.agent, tool, values, reason):
             return None
         if tool.permission != "read":
@@ -122,10 +136,23 @@ class Run:
         self.to(State.EXECUTING, by)
         return granted
 
+    def _reserve(self, **amounts: float) -> None:
+        self._heed_refusal()
+        try:
+            self.ledger.reserve(**amounts)
+        except Refusal as e:
+            self._refusal = e
+            raise
+
+    def _heed_refusal(self) -> None:
+        # Code around a call may catch everything (dspy.ReAct does); a refused run ends all the same.
+        if self._refusal is not None:
+            raise self._refusal
+
     @contextmanager
     def model_call(self, model: str, reserved: dict[str, float], inputs: Any = None) -> Iterator[Step]:
         """Reserve, time, record and settle one model call; the caller fills tokens and usd into the step."""
-        self.ledger.reserve(**reserved)
+        self._reserve(**reserved)
         with self._timed("model", model, inputs=inputs) as step:
             step.model = model
             try:
@@ -159,6 +186,7 @@ class Run:
         token, result, error = _current.set(self), None, None
         try:
             result = work(self)
+            self._heed_refusal()
             self.to(State.DONE, "result is valid")
         except BaseException as e:
             error = e

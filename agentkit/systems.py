@@ -17,7 +17,7 @@ from agentkit.budget import Budget, Ledger
 from agentkit.errors import SourceError, UsageError
 from agentkit.models import MeteredLM, build_lm, metered
 from agentkit.records import RunRecord
-from agentkit.runs import Run, current_run
+from agentkit.runs import DSPY_SETTING, Run, current_run
 from agentkit.sinks import emit
 from agentkit.states import State
 from agentkit.tools import Approver
@@ -88,10 +88,14 @@ class System(dspy.Module):  # type: ignore[misc]
     def _check_routing(self, count: int) -> None:
         if len(self.agents) != count:
             raise SourceError(f"system {self.name!r}: two agents share a name")
+        if taken := {"kind", "ledger"} & set(self.input_names()[0]):
+            raise SourceError(f"system {self.name!r}: call the input {taken.pop()!r} otherwise; `run` has an option of that name")
         if self.router is None:
-            if count > 1:
+            if count != 1:
                 raise SourceError(f"system {self.name!r} has {count} agents but no router")
             return
+        if not isinstance(self.router, dspy.Predict):
+            raise SourceError(f"the router must be a dspy.Predict, got {type(self.router).__name__}")
         field = self.router.signature.output_fields[self._route_field()].annotation
         labels = set(getattr(field, "__args__", ()))
         if labels != set(self.agents):
@@ -118,19 +122,20 @@ class System(dspy.Module):  # type: ignore[misc]
     def input_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """All input names, and the required ones."""
         pairs = [agent.input_names() for agent in self.agents.values()]
-        names = tuple(dict.fromkeys(n for every, _ in pairs for n in every))
-        return names, frozenset().union(*(required for _, required in pairs))
+        asked = tuple(self.router.signature.input_fields) if self.router is not None else ()
+        names = tuple(dict.fromkeys(n for every in (asked, *(every for every, _ in pairs)) for n in every))
+        return names, frozenset(asked).union(*(required for _, required in pairs))
 
     def forward(self, **inputs: Any) -> dspy.Prediction:
         """Run once; an error inside the run is raised after it has been recorded."""
         record, error = self._run(inputs, kind="run")
         if error is not None:
             raise error
-        return dspy.Prediction(**(record.output or {}), route=record.route, record=record)
+        return dspy.Prediction(**{**(record.output or {}), "route": record.route, "record": record})
 
     async def aforward(self, **inputs: Any) -> dspy.Prediction:
         """`forward` beside a running event loop."""
-        return await asyncio.to_thread(self.forward, **inputs)
+        return await asyncio.to_thread(type(self).forward, self, **inputs)
 
     def run(self, *, kind: str = "run", ledger: Ledger | None = None, **inputs: Any) -> RunRecord:
         """Run once and return the record, with `state` FAILED and the error in it if the run did not succeed.
@@ -161,7 +166,7 @@ class System(dspy.Module):  # type: ignore[misc]
             kind=kind,
             approver=_approver.get(),
         )
-        with dspy.context(lm=lm):
+        with dspy.context(lm=lm, **{DSPY_SETTING: run}):
             record, error = run.carry_out(lambda r: self.work(r, inputs))
         emit(record)
         return record, error

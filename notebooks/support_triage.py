@@ -343,9 +343,52 @@ def system() -> ak.System:
     return make(dspy.Predict(Route), [BillingAgent(), TechnicalAgent(), GeneralAgent()])
 
 
+@app.cell(hide_code=True)
+def _():
+    mo.md(r"""
+    ## Tuning
+
+    Two ways to prepare the system before it is registered (`agentkit register … --prepare tuned`). `bare` takes the
+    descriptions out of the prompts: our first draft. `tuned` lets a DSPy optimiser choose the router's demonstrations
+    and fits the embedded model to the training tickets; with a language model behind `AGENTKIT_LM` the fit is skipped.
+    """)
+    return
+
+
 @app.function
 def bare(triage: ak.System) -> ak.System:
     """The system with prompts as short as a first draft has them: label names, no descriptions."""
     for _, predictor in triage.named_predictors():
         predictor.signature = predictor.signature.with_instructions("Do the task.")
     return triage
+
+
+@app.function
+def tuned(triage: ak.System, sets: tuple[str, ...] = ("train",)) -> ak.System:
+    """Demonstrations for the router, chosen by a DSPy optimiser, and the embedded model fitted to labelled tickets."""
+    examples = [e for name in sets for e in ak.read_examples(DATA / f"{name}.jsonl")]
+    tickets = [
+        dspy.Example(ticket=e.inputs["ticket"], queue=e.expected["queue"]).with_inputs("ticket") for e in examples[:400]
+    ]
+    optimiser = dspy.BootstrapFewShotWithRandomSearch(
+        metric=lambda example, prediction, trace=None: example.queue == prediction.queue,
+        max_bootstrapped_demos=4,
+        max_labeled_demos=8,
+        num_candidate_programs=6,
+        num_threads=1,
+    )
+    with dspy.context(lm=triage.lm):
+        triage.router = optimiser.compile(triage.router, trainset=tickets[:200], valset=tickets[200:])
+    if triage.lm.model.startswith("embedded/"):
+        triage.use(ak.fit(triage, [{**e.inputs, **e.expected} for e in examples]))
+    return triage
+
+
+@app.function
+def tuned_on_all(triage: ak.System) -> ak.System:
+    """As `tuned`, fitted to the dev tickets as well."""
+    return tuned(triage, ("train", "dev"))
+
+
+if __name__ == "__main__":
+    app.run()

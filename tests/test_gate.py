@@ -9,12 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import polars as pl
 import pytest
-from numpy.typing import NDArray
-from scipy.special import betaincinv, ndtr
-
 from agentkit_pipelines import stats
 from agentkit_pipelines.gate import RuleResult, Verdict, judge
 from agentkit_pipelines.thresholds import Rule, Thresholds
+from numpy.typing import NDArray
+from scipy.special import betaincinv, ndtr
 
 ALPHA = 0.05
 SIMULATIONS = 6_000

@@ -7,17 +7,18 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from agentkit_pipelines import stats
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest
 from scipy.stats import t as student
 
-from agentkit_pipelines import stats
-
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA
+settings.register_profile("unhurried", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("unhurried")
 SIMULATIONS = 10_000
 MONTE_CARLO = 3 * math.sqrt(ALPHA * (1 - ALPHA) / SIMULATIONS)  # three standard errors, 0.65 points
 
@@ -107,6 +108,7 @@ def test_more_confidence_widens(data: tuple[list[int], int], confidence: float, 
     assert wide[1] >= narrow[1] - 1e-12
 
 
+@example(([1] * 20, 2), 2)  # every case as even as can be: copies look like many rows that agree
 @given(clusters(), st.integers(2, 5))
 def test_copies_of_repeats_never_narrow_a_bound(data: tuple[list[int], int], copies: int) -> None:
     sums, repeats = data
@@ -239,6 +241,7 @@ def test_one_more_gain_or_less_loss_never_lowers_the_difference(
     assert (better >= bounds(stats.difference(gained, lost, repeats)) - 1e-9).all()
 
 
+@example(([1] * 20, [1] * 20, 3), 2)
 @given(pairs(), st.integers(2, 5))
 def test_copies_of_repeats_never_narrow_a_difference(data: tuple[list[int], list[int], int], copies: int) -> None:
     gained, lost, repeats = data

@@ -84,13 +84,14 @@ def _console() -> Console:
 @app.command()
 def register(
     source: Annotated[str, typer.Argument(help="FILE.py or FILE.ipynb, with :NAME if not `system`")],
+    prepare: Annotated[str | None, typer.Option(help="function of the file that tunes the system first")] = None,
     candidate: Annotated[bool, typer.Option("--candidate", help="also ask for promotion: set the alias `candidate`")] = False,
 ) -> None:
     """Make a release of a notebook or module: one manifest, one content hash, one version in MLflow."""
     from agentkit_tracking import registry
     from agentkit_tracking.home import connect
 
-    version = registry.register_file(source)
+    version = registry.register_file(source, prepare)
     if candidate:
         connect().set_registered_model_alias(version.name, registry.CANDIDATE, str(version.number))
     state = "registered" if version.created else "unchanged, already registered as"
@@ -492,8 +493,8 @@ def data_check(
     console = _console()
     console.print(f"{file}: {found.count} examples, sha256 {found.sha256[:12]}")
     table = Table("field", "values")
-    table.add_row("task_type", _counts(found.task_types))
-    table.add_row("tags", _counts(found.tags))
+    table.add_row("task_type", _counts(found.by_task_type))
+    table.add_row("tags", _counts(found.by_tag))
     for name, balance in found.balance.items():
         table.add_row(f"expected.{name}", _counts(balance))
     console.print(table)

@@ -268,7 +268,7 @@ def _commit(done: Evaluation, say: Say) -> None:
     client.set_model_version_tag(version.name, number, f"{TAG}previous", str(before.number) if before else "none")
     _note(version, "promoted", _who(), f"evidence {evidence[:12]}")
     client.set_registered_model_alias(version.name, PRODUCTION, number)  # the commit point
-    mirror_prompts(version)
+    _mirror_or_say(version, say)
     if CANDIDATE in version.aliases:
         client.delete_registered_model_alias(version.name, CANDIDATE)
     say(f"{version} is now {version.name}@{PRODUCTION}")
@@ -276,10 +276,19 @@ def _commit(done: Evaluation, say: Say) -> None:
 
 def mirrors_wrong(version: Version) -> list[dict[str, Any]]:
     """The prompts of a version whose alias `production` points elsewhere."""
-    client = connect()
     prompts = json.loads((version.tags or {}).get(f"{TAG}prompts", "{}")).values()
-    found = {p["name"]: client.get_registered_model(p["name"]).aliases.get(PRODUCTION) for p in prompts}
-    return [p for p in prompts if str(found[p["name"]]) != str(p["version"])]
+    return [p for p in prompts if _prompt_in_production(p["name"]) != int(p["version"])]
+
+
+def _prompt_in_production(name: str) -> int | None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return int(connect().get_prompt_version_by_alias(name, PRODUCTION).version)
+    except MlflowException as e:
+        if e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):  # no such alias
+            return None
+        raise
 
 
 def mirror_prompts(version: Version) -> int:
@@ -291,6 +300,16 @@ def mirror_prompts(version: Version) -> int:
     for prompt in wrong:
         connect().set_prompt_alias(prompt["name"], PRODUCTION, prompt["version"])
     return len(wrong)
+
+
+def _mirror_or_say(version: Version, say: Say) -> None:
+    """Mirror the prompts; a failure here undoes nothing, since the model's alias has moved already."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        mirror_prompts(version)
+    except MlflowException as e:
+        say(f"{version} is in force, but its prompts' aliases are not mirrored ({e}); run agentkit doctor --repair")
 
 
 def candidates() -> list[Version]:
@@ -328,7 +347,7 @@ def rollback(name: str, *, why: str, who: str | None = None, say: Say = lambda _
     registry.fetch_version(target)  # whole and unaltered, before anything moves
     _note(current, "rolled_back", who or _who(), why)
     connect().set_registered_model_alias(name, PRODUCTION, str(target.number))
-    mirror_prompts(target)
+    _mirror_or_say(target, say)
     say(f"{name}@{PRODUCTION} is {target} again")
     return current, target
 

@@ -202,7 +202,8 @@ def _plot_success(summary: pl.DataFrame) -> Figure:
     names = [g or "overall" for g in rows["group"]]
     estimate, low, high = (rows[c].to_numpy() for c in ("estimate", "low", "high"))
     axes.barh(names, estimate, color=["#2b5c8a"] + ["#7fa6c9"] * (len(names) - 1))
-    axes.errorbar(estimate, names, xerr=[estimate - low, high - estimate], fmt="none", ecolor="#222", capsize=3)
+    errors = np.maximum([estimate - low, high - estimate], 0)  # at 0 and 1 rounding may turn them negative
+    axes.errorbar(estimate, names, xerr=errors, fmt="none", ecolor="#222", capsize=3)
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
     return figure

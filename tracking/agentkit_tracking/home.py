@@ -53,7 +53,10 @@ def connect() -> MlflowClient:
     Raises:
         UsageError: the server named by MLFLOW_TRACKING_URI does not answer.
     """
-    return _connect(tracking_uri(), str(home()))
+    uri = tracking_uri()
+    client = _connect(uri, str(home()))
+    _use(uri)
+    return client
 
 
 @cache
@@ -68,7 +71,6 @@ def _connect(uri: str, folder: str) -> MlflowClient:
 
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic.runtime.migration"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient(uri)
     try:
         client.search_experiments(max_results=1)
@@ -79,6 +81,19 @@ def _connect(uri: str, folder: str) -> MlflowClient:
             "to use the local store"
         ) from e
     return client
+
+
+def _use(uri: str) -> None:
+    """Point mlflow's module-level functions at `uri`, too."""
+    import mlflow
+
+    if mlflow.get_tracking_uri() == uri:
+        return
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    if given is None:
+        # mlflow sets it for child processes; left there, it would outlive a change of AGENTKIT_HOME.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 
 def experiment_id(system: str) -> str:

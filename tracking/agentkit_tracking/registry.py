@@ -25,7 +25,7 @@ from agentkit.systems import System, adopt
 from agentkit_tracking import manifest as manifests
 from agentkit_tracking.home import connect, experiment_id, home
 from agentkit_tracking.manifest import Manifest, read_release
-from agentkit_tracking.source import Entry, differences, load_entry, parse_entry
+from agentkit_tracking.source import Entry, differences, load_entry, parse_entry, prepared
 
 PRODUCTION, CANDIDATE = "production", "candidate"
 TAG = "agentkit."
@@ -72,10 +72,18 @@ def register(system: System | Any, source: str | Path | None = None) -> Version:
     return store(system, entry)
 
 
-def register_file(target: str | Path) -> Version:
-    """Register the system that `FILE[:NAME]` defines."""
+def register_file(target: str | Path, prepare: str | None = None) -> Version:
+    """Register the system that `FILE[:NAME]` defines.
+
+    Args:
+        prepare: a function of the file that takes the system and returns it tuned (prompts, demonstrations, weights);
+            it runs once, now. The release keeps what it made, so loading does not run it again.
+    """
     entry = parse_entry(target)
-    return store(load_entry(entry), entry)
+    system = load_entry(entry)
+    if prepare is not None:
+        system = prepared(system, entry, prepare)
+    return store(system, entry)
 
 
 def _source_file(system: System) -> str:

@@ -78,9 +78,28 @@ def load_entry(entry: Entry) -> System:
         )
     found = getattr(module, entry.name)
     system = _built(found, entry)
-    if isinstance(system, Adopted) and system.name in (DEFAULT_NAME, "function", "_lambda_"):
-        system.name = re.sub(r"\W", "_", entry.file.stem)
+    if isinstance(system, Adopted) and system is not found and not inspect.isfunction(system.program):
+        # Nobody named it; `Predict` or `ChainOfThought` would say nothing.
+        system.name = re.sub(r"\W", "_", entry.file.stem if entry.name == DEFAULT_NAME else entry.name)
     return system
+
+
+def prepared(system: System, entry: Entry, name: str) -> System:
+    """`system` after the source's function `name` has tuned it.
+
+    Raises:
+        SourceError: there is no such function, it fails, or it returns no system of the same make.
+    """
+    function = getattr(_execute(entry), name, None)
+    if not callable(function):
+        raise SourceError(f"{entry.relative} defines no function {name!r} to prepare the system with")
+    try:
+        made = function(system)
+    except Exception as e:
+        raise SourceError(f"{entry.relative}: {name} failed: {type(e).__name__}: {e}") from e
+    if not isinstance(made, System) or made.spec() != system.spec():
+        raise SourceError(f"{entry.relative}: {name} must return the system it was given, tuned; it returned {made!r:.80}")
+    return made
 
 
 def _built(found: Any, entry: Entry) -> System:

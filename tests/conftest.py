@@ -1,0 +1,45 @@
+"""Every test gets a home of its own, no key and no settings file; nothing outside its temporary folder is touched."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOK = ROOT / "notebooks" / "support_triage.py"
+DATA = ROOT / "data" / "support"
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """AGENTKIT_HOME in the test's folder, traces off, no provider key and no inherited settings."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("AGENTKIT_HOME", str(home))
+    monkeypatch.setenv("AGENTKIT_TRACES", "off")
+    for name in ("AGENTKIT_LM", "MLFLOW_TRACKING_URI", "AGENTKIT_AUTHOR", *(n for n in os.environ if n.endswith("_API_KEY"))):
+        monkeypatch.delenv(name, raising=False)
+    yield home
+    from agentkit_tracking import runlog
+
+    for log in runlog._logs.values():
+        log.close()
+    runlog._logs.clear()
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small project of the user's own, as the working directory: tests write notebooks and data into it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text("")
+    monkeypatch.chdir(folder)
+    return folder
