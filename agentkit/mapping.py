@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from itertools import islice
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 U = TypeVar("U")
+_OWN = ("route", "state", "error", "cost_usd", "latency_s", "run_id")
 
 
 def default_workers(system: System) -> int:
@@ -62,10 +63,14 @@ def progress_bar(items: Iterable[T], total: int, title: str, show: bool | None =
     if show is False or (show is None and total < 2):
         yield from items
         return
+    from importlib.util import find_spec
+
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(items, total=total, description=title, console=Console(stderr=True), transient=False)
+    # In a notebook without ipywidgets rich would warn at every refresh.
+    console = Console(stderr=True, force_jupyter=None if find_spec("ipywidgets") else False)
+    yield from track(items, total=total, description=title, console=console, transient=False)
 
 
 def map_frame(
@@ -80,25 +85,28 @@ def map_frame(
     """Run every row of `frame` through `system`.
 
     Args:
-        frame: has a column per required input; other columns are carried along.
+        frame: has a column per required input; other columns are carried along. A null in an optional input stands
+            for the default.
         workers: threads; see `default_workers`.
         ledger: a budget shared by all rows.
 
     Returns:
-        The frame's columns, then one per output field (prefixed `output_` where the name is taken), then route,
-        state, error, cost_usd, latency_s (seconds) and run_id. A failed row has null outputs and its error.
+        The frame's columns (prefixed `input_` where they have one of the last names), then one per output field
+        (prefixed `output_` where the name is taken), then route, state, error, cost_usd, latency_s (seconds) and
+        run_id. A failed row has null outputs and its error.
 
     Raises:
         UsageError: a required input has no column.
     """
-    import polars as pl
-
     names, required = system.input_names()
     if missing := sorted(required - set(frame.columns)):
         raise UsageError(f"{system.name} needs the columns {sorted(required)!r}; missing: {missing!r}")
     inputs = [c for c in frame.columns if not names or c in names]
-    rows = frame.select(inputs).to_dicts()
-    workers = workers or default_workers(system)
+    rows = [
+        {name: value for name, value in row.items() if value is not None or name in required or not names}
+        for row in frame.select(inputs).to_dicts()
+    ]
+    workers = default_workers(system) if workers is None else workers
     finished = in_parallel(lambda row: system.run(kind=kind, ledger=ledger, **row), rows, workers)
     records: list[RunRecord | None] = [None] * len(rows)
     for i, record in progress_bar(finished, len(rows), system.name, progress):
@@ -110,12 +118,12 @@ def with_results(frame: pl.DataFrame, records: list[RunRecord]) -> pl.DataFrame:
     """`frame` (one row per record) beside what the records say; columns as in `map_frame`."""
     import polars as pl
 
+    kept = frame.rename({name: _free(name, "input_", frame.columns) for name in frame.columns if name in _OWN})
     fields = dict.fromkeys(name for r in records for name in r.output or {})
-    taken = {*frame.columns, "route", "state", "error", "cost_usd", "latency_s", "run_id"}
-    columns: dict[str, Any] = {
-        (f"output_{name}" if name in taken else name): pl.Series([(r.output or {}).get(name) for r in records], strict=False)
-        for name in fields
-    }
+    columns: dict[str, Any] = {}
+    for name in fields:
+        values = pl.Series([(r.output or {}).get(name) for r in records], strict=False)
+        columns[_free(name, "output_", {*kept.columns, *_OWN, *(fields.keys() - {name}), *columns})] = values
     columns |= {
         "route": pl.Series([r.route for r in records], dtype=pl.String),
         "state": pl.Series([r.state for r in records], dtype=pl.String),
@@ -124,5 +132,10 @@ def with_results(frame: pl.DataFrame, records: list[RunRecord]) -> pl.DataFrame:
         "latency_s": pl.Series([r.seconds for r in records], dtype=pl.Float64),
         "run_id": pl.Series([r.run_id for r in records], dtype=pl.String),
     }
-    kept = frame.select(pl.exclude("route", "state", "error", "cost_usd", "latency_s", "run_id"))
-    return kept.with_columns(**{name: series.alias(name) for name, series in columns.items()})
+    return kept.with_columns([series.alias(name) for name, series in columns.items()])
+
+
+def _free(name: str, prefix: str, taken: Collection[str]) -> str:
+    while name in taken:
+        name = prefix + name
+    return name

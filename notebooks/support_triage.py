@@ -6,14 +6,17 @@ app = marimo.App(width="medium")
 with app.setup:
     import json
     import re
+    from contextlib import redirect_stderr, redirect_stdout
     from functools import cache
+    from io import StringIO
     from pathlib import Path
     from typing import Any, Literal
 
-    import agentkit as ak
     import dspy
     import marimo as mo
     from pydantic import BaseModel, Field
+
+    import agentkit as ak
 
     ROOT = Path(__file__).resolve().parents[1]
     DATA = ROOT / "data" / "support"
@@ -413,15 +416,16 @@ def tuned(triage: ak.System, sets: tuple[str, ...] = ("train",)) -> ak.System:
     tickets = [
         dspy.Example(ticket=e.inputs["ticket"], queue=e.expected["queue"]).with_inputs("ticket") for e in examples[:400]
     ]
-    optimiser = dspy.BootstrapFewShotWithRandomSearch(
-        metric=lambda example, prediction, trace=None: example.queue == prediction.queue,
-        max_bootstrapped_demos=4,
-        max_labeled_demos=8,
-        num_candidate_programs=6,
-        num_threads=1,
-    )
     if triage.router is not None:
-        with dspy.context(lm=triage.lm):
+        # The optimiser prints a line per candidate and example.
+        with dspy.context(lm=triage.lm), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            optimiser = dspy.BootstrapFewShotWithRandomSearch(
+                metric=lambda example, prediction, trace=None: example.queue == prediction.queue,
+                max_bootstrapped_demos=4,
+                max_labeled_demos=8,
+                num_candidate_programs=6,
+                num_threads=1,
+            )
             triage.router = optimiser.compile(triage.router, trainset=tickets[:200], valset=tickets[200:])
     if triage.lm.model.startswith("embedded/"):
         triage.use(ak.fit(triage, [{**e.inputs, **e.expected} for e in examples]))

@@ -25,7 +25,12 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     home = tmp_path / "home"
     monkeypatch.setenv("AGENTKIT_HOME", str(home))
     monkeypatch.setenv("AGENTKIT_TRACES", "off")
-    for name in ("AGENTKIT_LM", "MLFLOW_TRACKING_URI", "AGENTKIT_AUTHOR", *(n for n in os.environ if n.endswith("_API_KEY"))):
+    for name in (
+        "AGENTKIT_LM",
+        "MLFLOW_TRACKING_URI",
+        "AGENTKIT_AUTHOR",
+        *(n for n in os.environ if n.endswith("_API_KEY")),
+    ):
         monkeypatch.delenv(name, raising=False)
     yield home
     from agentkit_tracking import runlog

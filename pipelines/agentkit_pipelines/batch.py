@@ -1,21 +1,27 @@
-"""A release over a file of inputs, saved in parts, so that a run that was cut off goes on where it stopped."""
+"""A release over a file of inputs, journalled row by row, so that a run that was cut off goes on where it stopped."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import orjson
 import polars as pl
+from agentkit_tracking import registry
 
 from agentkit.budget import Budget, Ledger
 from agentkit.errors import BudgetExceeded, DataError, UsageError
 from agentkit.examples import sha256_of
-from agentkit.mapping import map_frame
-from agentkit_tracking import registry
+from agentkit.mapping import default_workers, in_parallel, with_results
+from agentkit.records import RunRecord
+from agentkit.systems import System
 
 Progress = Callable[[int, int], None]
 
@@ -47,92 +53,144 @@ def run_batch(
     *,
     id_column: str = "id",
     workers: int | None = None,
-    chunk: int = 100,
     max_usd: float | None = None,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Run every row of `source` that has no result yet and write all results to `target` (Parquet).
 
-    Parts are kept beside the target until all rows are done, each written whole. A restart uses the release that the
-    first start resolved, and refuses a source that has changed meanwhile.
+    Until all rows are done, each finished one is kept in a journal beside the target. A restart goes on from there
+    with the release that the first start resolved, and refuses a source that has changed meanwhile.
 
     Returns:
-        The source's columns with those of `agentkit.mapping.map_frame` and `release`, in the source's order.
+        The source's columns with `release` and those of `agentkit.mapping.map_frame`, in the source's order.
 
     Raises:
-        DataError: unreadable source, or ids missing or not unique.
-        UsageError: the target is not Parquet, or the parts beside it belong to another source.
+        DataError: unreadable or empty source, or ids missing or not unique.
+        UsageError: the target is not Parquet, the journal beside it belongs to another source or release, or another
+            process is at it.
         BudgetExceeded: `max_usd` was reached; what is done stays and a restart with a higher limit goes on.
     """
-    if target.suffix != ".parquet" or chunk < 1:
-        raise UsageError(f"the target must end in .parquet and chunk be at least 1; got {target} and {chunk}")
+    if target.suffix != ".parquet":
+        raise UsageError(f"the target must end in .parquet; got {target}")
     frame = read_table(source)
     _check_ids(frame, id_column, source)
-    parts = target.with_name(target.name + ".parts")
-    folder, manifest = registry.fetch(reference)
-    began = _pinned(parts, manifest.release_id, source, id_column)
-    if began != manifest.release_id:  # the alias moved since the batch began
-        folder, manifest = registry.fetch(began)
-    system = registry.load_folder(folder, manifest)
-    done = _done(parts, id_column)
-    todo = frame.filter(~pl.col(id_column).cast(pl.String).is_in(done.to_list()))
+    folder = target.with_name(target.name + ".parts")
+    system, release = _pinned_release(reference, folder, source, id_column)
+    rows = _inputs(system, frame)
+    ids = frame[id_column].cast(pl.String).to_list()
     ledger = Ledger(Budget(None, None, None, None, max_usd, None))
-    for start in range(0, len(todo), chunk):
-        rows = map_frame(system, todo[start : start + chunk], workers=workers, progress=False, kind="batch", ledger=ledger)
-        stopped = pl.col("error").str.starts_with(f"BudgetExceeded: budget of {max_usd:g} usd") if max_usd is not None else pl.lit(False)
-        kept = rows.filter(~stopped.fill_null(False)).with_columns(release=pl.lit(manifest.release_id))
-        if len(kept):
-            _write(kept, parts / f"part-{len(list(parts.glob('part-*'))):05d}.parquet")
-        if len(kept) < len(rows):
-            raise BudgetExceeded("usd", max_usd or 0.0, ledger.used["usd"], 0.0)
-        if progress is not None:
-            progress(len(done) + min(start + chunk, len(todo)), len(frame))
-    return _finish(frame, parts, target, id_column)
+    with _Journal(folder / "rows.jsonl") as journal:
+        todo = [(key, row) for key, row in zip(ids, rows, strict=True) if key not in journal.done]
+
+        def work(item: tuple[str, dict[str, Any]]) -> None:
+            key, row = item
+            record = system.run(kind="batch", ledger=ledger, **row)
+            if max_usd is not None and (record.error or "").startswith(f"BudgetExceeded: budget of {max_usd:g} usd"):
+                raise BudgetExceeded("usd", max_usd, ledger.used["usd"], 0.0)
+            journal.append(key, record)
+
+        for _ in in_parallel(work, todo, workers or default_workers(system)):
+            if progress is not None:
+                progress(len(journal.done), len(ids))
+        records = [journal.done[key] for key in ids]
+    named = frame.rename({"release": "input_release"} if "release" in frame.columns else {})
+    result = with_results(named.with_columns(release=pl.lit(release)), records)
+    scratch = target.with_name(f".{target.name}.tmp")
+    result.write_parquet(scratch)
+    os.replace(scratch, target)
+    shutil.rmtree(folder)
+    return result
 
 
 def _check_ids(frame: pl.DataFrame, id_column: str, source: Path) -> None:
     if id_column not in frame.columns:
         raise DataError(f"{source} has no column {id_column!r} (it has {', '.join(frame.columns)}); name the id column")
     ids = frame[id_column]
+    if ids.is_empty():
+        raise DataError(f"{source} has no rows")
     if ids.null_count() or ids.n_unique() < len(ids):
-        twice = ids.filter(ids.is_duplicated()).head(1).to_list()
-        raise DataError(f"{source}: ids in {id_column!r} must be present and unique; {ids.null_count()} missing, e.g. twice: {twice}")
+        twice = ids.drop_nulls().filter(ids.drop_nulls().is_duplicated()).head(1).to_list()
+        raise DataError(
+            f"{source}: ids in {id_column!r} must be present and unique; {ids.null_count()} missing, e.g. twice: {twice}"
+        )
 
 
-def _pinned(parts: Path, release: str, source: Path, id_column: str) -> str:
-    """The id of the release the batch began with; on the first start, `release`."""
-    pin, digest = parts / "batch.json", sha256_of(source)
-    if pin.is_file():
-        began: dict[str, Any] = json.loads(pin.read_text())
-        if (began["source_sha256"], began["id_column"]) != (digest, id_column):
-            raise UsageError(f"{parts} holds a started batch over another file; delete it to begin anew")
-        return str(began["release"])
-    parts.mkdir(parents=True, exist_ok=True)
-    scratch = pin.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"release": release, "source_sha256": digest, "id_column": id_column}))
-    os.replace(scratch, pin)
-    return release
+def _pinned_release(reference: str, folder: Path, source: Path, id_column: str) -> tuple[System, str]:
+    """The release that the batch began with; on the first start, what `reference` resolves to."""
+    pin, digest = folder / "batch.json", sha256_of(source)
+    began: dict[str, Any] = json.loads(pin.read_text()) if pin.is_file() else {}
+    if began and (began["source_sha256"], began["id_column"]) != (digest, id_column):
+        raise UsageError(f"{folder} holds a started batch over another file; delete it to begin anew")
+    # An alias may have moved since; a folder is what it is.
+    fetched, manifest = registry.fetch(reference if not began or Path(reference).is_dir() else began["release"])
+    if began and began["release"] != manifest.release_id:
+        raise UsageError(f"{folder} holds a started batch of another release; delete it to begin anew")
+    if not began:
+        folder.mkdir(parents=True, exist_ok=True)
+        scratch = pin.with_suffix(".tmp")
+        began = {"release": manifest.release_id, "source_sha256": digest, "id_column": id_column}
+        scratch.write_text(json.dumps(began))
+        os.replace(scratch, pin)
+    return registry.load_folder(fetched, manifest), manifest.release_id
 
 
-def _done(parts: Path, id_column: str) -> pl.Series:
-    found = [pl.read_parquet(p)[id_column].cast(pl.String) for p in sorted(parts.glob("part-*.parquet"))]
-    return pl.concat(found) if found else pl.Series(id_column, [], dtype=pl.String)
+def _inputs(system: System, frame: pl.DataFrame) -> list[dict[str, Any]]:
+    """What each row is run with, as in `agentkit.mapping.map_frame`: a null in an optional input is its default."""
+    names, required = system.input_names()
+    if missing := sorted(required - set(frame.columns)):
+        raise UsageError(f"{system.name} needs the columns {sorted(required)!r}; missing: {missing!r}")
+    rows = frame.select(c for c in frame.columns if not names or c in names).to_dicts()
+    return [{k: v for k, v in row.items() if v is not None or k in required or not names} for row in rows]
 
 
-def _write(frame: pl.DataFrame, path: Path) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    frame.write_parquet(scratch)
-    os.replace(scratch, path)
+class _Journal:
+    """Finished rows, one line each, written as they finish; a line torn by a kill is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self.done: dict[str, RunRecord] = {}
+
+    def __enter__(self) -> _Journal:
+        self._file = open(self._path, "ab+")
+        try:
+            _lock_file(self._file, self._path)
+            self._file.seek(0)
+            for line in self._file:
+                self._read(line)
+            self._file.write(b"\n")  # ends a torn line
+        except BaseException:
+            self._file.close()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def append(self, key: str, record: RunRecord) -> None:
+        """Keep a finished row; it will not be run again."""
+        kept = replace(record, steps=[], result=None)  # the run log has the steps
+        line = b"[%b,%b]\n" % (orjson.dumps(key), kept.to_json())
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+            self._read(line)  # so that results are the same with and without a restart
+
+    def _read(self, line: bytes) -> None:
+        try:
+            key, record = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            return
+        usd = math.nan if record["usd"] is None else record["usd"]
+        self.done[key] = RunRecord(**{**record, "usd": usd})
 
 
-def _finish(frame: pl.DataFrame, parts: Path, target: Path, id_column: str) -> pl.DataFrame:
-    pieces = [pl.read_parquet(p) for p in sorted(parts.glob("part-*.parquet"))]
-    if not pieces:
-        raise DataError("the source has no rows")
-    # Relaxed: a part in which every run failed has null output columns, or none.
-    rows = pl.concat(pieces, how="diagonal_relaxed")
-    order = frame.select(id_column).with_row_index("_order")
-    result = rows.join(order, on=id_column).sort("_order").drop("_order")
-    _write(result, target)
-    shutil.rmtree(parts)
-    return result
+def _lock_file(file: BinaryIO, path: Path) -> None:
+    """Hold the journal while the process lives. Only where there is `fcntl`: on POSIX systems."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise UsageError(f"another process is at this batch ({path.parent}); wait for it or stop it") from e

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentkit.errors import AgentkitError, UsageError
+from agentkit_pipelines import terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from agentkit.records import RunRecord
-    from agentkit_pipelines.promotion import Evaluation, Plan
-    from agentkit_tracking.registry import Version
+    from agentkit_pipelines.promotion import Plan
 
 OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
 
@@ -72,12 +66,6 @@ def _fail(message: str) -> None:
     print(f"agentkit: {message}", file=sys.stderr)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-
-
 # ---- register
 
 
@@ -85,7 +73,9 @@ def _console() -> Console:
 def register(
     source: Annotated[str, typer.Argument(help="FILE.py or FILE.ipynb, with :NAME if not `system`")],
     prepare: Annotated[str | None, typer.Option(help="function of the file that tunes the system first")] = None,
-    candidate: Annotated[bool, typer.Option("--candidate", help="also ask for promotion: set the alias `candidate`")] = False,
+    candidate: Annotated[
+        bool, typer.Option("--candidate", help="also ask for promotion: set the alias `candidate`")
+    ] = False,
 ) -> None:
     """Make a release of a notebook or module: one manifest, one content hash, one version in MLflow."""
     from agentkit_tracking import registry
@@ -95,15 +85,16 @@ def register(
     if candidate:
         connect().set_registered_model_alias(version.name, registry.CANDIDATE, str(version.number))
     state = "registered" if version.created else "unchanged, already registered as"
-    _console().print(f"{state} [bold]{version}[/bold], release {version.release_id[:12]}")
+    terminal.console().print(f"{state} [bold]{version}[/bold], release {version.release_id[:12]}")
 
 
 # ---- evaluate and promote
 
 
 def _plan(reference: str, golden: Path | None, thresholds: Path | None, **options: Any) -> Plan:
-    from agentkit_pipelines.promotion import Plan, find_golden
     from agentkit_tracking import registry
+
+    from agentkit_pipelines.promotion import Plan, find_golden
 
     version = registry.resolve(reference)
     return Plan(version, find_golden(version.name, golden), thresholds, **options)
@@ -126,25 +117,26 @@ def evaluate(
     plan = _plan(reference, golden, thresholds, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
     if estimate:
         return _show_estimate(plan)
-    with _progress("evaluating") as progress:
+    with terminal.progress("evaluating") as progress:
         done = promotion.evaluate(plan, progress=progress)
-    _show_summary(done)
+    terminal.show_summary(done)
     if done.verdict is not None:
-        _show_verdict(done)
+        terminal.show_verdict(done)
     return None
 
 
 def _show_estimate(plan: Plan) -> None:
+    from agentkit_tracking import registry
+
     from agentkit.examples import read_examples
     from agentkit_pipelines import evaluation
-    from agentkit_tracking import registry
 
     os.environ["AGENTKIT_TRACES"] = "off"
     system = registry.load_folder(*registry.fetch_version(plan.version))
     repeats = plan.repeats or evaluation.default_repeats(system)
     found = evaluation.estimate(system, read_examples(plan.golden), repeats, plan.workers)
     usd = "unknown: no price for this model" if found.usd is None else f"{found.usd:.2f}"
-    _console().print(
+    terminal.console().print(
         f"{found.runs} runs ({repeats} repeats), about {found.calls} model calls, {found.tokens_in} tokens in, "
         f"{found.tokens_out} out, USD {usd}, {found.minutes:.1f} minutes with {system.lm.model}"
     )
@@ -153,7 +145,9 @@ def _show_estimate(plan: Plan) -> None:
 @app.command()
 def promote(
     reference: Annotated[str | None, typer.Argument(help="name@candidate, name/3, … (or --candidates)")] = None,
-    candidates: Annotated[bool, typer.Option("--candidates", help="promote whatever carries the alias `candidate`")] = False,
+    candidates: Annotated[
+        bool, typer.Option("--candidates", help="promote whatever carries the alias `candidate`")
+    ] = False,
     golden: Golden = None,
     thresholds: Annotated[Path | None, typer.Option(help="YAML [default: thresholds/<system>.yaml]")] = None,
     repeats: Repeats = None,
@@ -168,14 +162,14 @@ def promote(
         raise UsageError("give a reference or --candidates, one of them")
     chosen = [str(v) for v in promotion.candidates()] if candidates else [str(reference)]
     if not chosen:
-        _console().print("no version carries the alias `candidate`")
+        terminal.console().print("no version carries the alias `candidate`")
     codes = []
     for one in chosen:
         plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
         plan = _with_thresholds(plan, thresholds)
-        with _progress(f"evaluating {plan.version}") as progress:
+        with terminal.progress(f"evaluating {plan.version}") as progress:
             done = promotion.promote(plan, progress=progress, say=_say)
-        _show_verdict(done)
+        terminal.show_verdict(done)
         assert done.verdict is not None
         codes.append({"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[done.verdict.verdict])
     raise typer.Exit(FAILED if FAILED in codes else max(codes, default=OK))
@@ -190,69 +184,7 @@ def _with_thresholds(plan: Plan, given: Path | None) -> Plan:
 
 
 def _say(message: str) -> None:
-    _console().print(message)
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Any]:
-    """A rich bar on stderr; yields the callback (done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _show_summary(done: Evaluation) -> None:
-    from rich.table import Table
-
-    from agentkit_pipelines import report
-
-    table = Table("metric", "estimate", "95 % interval", title=f"{done.version} on {done.results['case_id'].n_unique()} cases")
-    for row in report.summarise(done.results).iter_rows(named=True):
-        name = row["metric"] + (f" · {row['group']}" if row["group"] else "")
-        low, high = row["low"], row["high"]
-        table.add_row(name, _figure(row["estimate"], row["unit"]), "" if low is None else f"{low:.3g} – {high:.3g}")
-    console = _console()
-    console.print(table)
-    console.print(f"executed notebook, results and plots: {_short(done.folder)}")
-
-
-def _figure(value: float | None, unit: str) -> str:
-    return "–" if value is None else f"{value:.3g} {unit}".strip()
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-def _show_verdict(done: Evaluation) -> None:
-    from rich.table import Table
-
-    from agentkit_pipelines.report import SYMBOL
-
-    assert done.verdict is not None
-    colors = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-    table = Table("", "what was found", title=f"gate for {done.version}", show_lines=False)
-    quiet = 0
-    for rule in done.verdict.rules:
-        if rule.status in ("not_exercised", "not_applicable") and rule.group is not None:
-            quiet += 1
-            continue
-        color = colors.get(rule.status, "dim") if rule.level == "block" or rule.status == "pass" else "yellow"
-        table.add_row(f"[{color}]{SYMBOL[rule.status]}[/{color}]", rule.text + (" (warning only)" if rule.level == "warn" else ""))
-    console = _console()
-    console.print(table)
-    word = {"pass": "PASS", "fail": "FAIL: nothing moved", "inconclusive": "INCONCLUSIVE: nothing moved"}[done.verdict.verdict]
-    against = f" against {done.production}" if done.production else ""
-    color = colors[done.verdict.verdict]
-    console.print(f"[bold {color}]{word}[/bold {color}] · {done.version}{against} · attempt {done.attempts} on this golden set")
-    console.print(f"[dim]✓ proven  ✗ missed  ? undecided  ○ not exercised by this model  – not applicable · {_short(done.folder)}[/dim]")
+    terminal.console().print(message)
 
 
 @app.command()
@@ -261,11 +193,12 @@ def rollback(
     why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
 ) -> None:
     """Put the previous production release back, whole."""
-    from agentkit_pipelines import promotion
     from agentkit_tracking.registry import RELOAD_S
 
+    from agentkit_pipelines import promotion
+
     left, now = promotion.rollback(system, why=why)
-    _console().print(
+    terminal.console().print(
         f"[bold]{now}[/bold] is in production again, {left} is not. Processes that follow the alias change over within "
         f"{RELOAD_S:g} s; runs under way finish with the release they began with."
     )
@@ -279,20 +212,23 @@ def run(
     reference: Annotated[str, typer.Argument(help="name@alias, name/3, a release id, or FILE.py[:NAME] for a draft")],
     text: Annotated[str, typer.Argument(help="the first input")],
     given: Annotated[list[str] | None, typer.Option("--input", "-i", help="further inputs as name=value")] = None,
-    approve: Annotated[bool, typer.Option("--approve", help="ask here where a person has to decide (else: rejected)")] = False,
+    approve: Annotated[
+        bool, typer.Option("--approve", help="ask here where a person has to decide (else: rejected)")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the whole record as JSON")] = False,
 ) -> None:
     """Run once and show route, steps, decision, cost, latency and the trace."""
     from contextlib import nullcontext
 
-    from agentkit.systems import approve_with
     from agentkit_tracking import registry, source
+
+    from agentkit.systems import approve_with
 
     os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
     system = source.load_entry(source.parse_entry(reference)) if is_file else registry.load(reference)
     names, required = system.input_names()
-    inputs = {names[0] if names else "text": text, **_pairs(given or [])}
+    inputs: dict[str, Any] = {names[0] if names else "text": text, **_pairs(given or [])}
     for name in sorted(required - inputs.keys()):
         inputs[name] = ""  # a quick try from the shell; an unknown customer, say
     with approve_with(_ask) if approve else nullcontext():
@@ -300,7 +236,7 @@ def run(
     if as_json:
         print(record.to_json().decode())
     else:
-        _show_run(record)
+        terminal.show_run(record)
     raise typer.Exit(OK if record.state == "DONE" else CRASH)
 
 
@@ -312,41 +248,9 @@ def _pairs(given: list[str]) -> dict[str, str]:
 
 
 def _ask(request: Any) -> bool:
-    return typer.confirm(f"{request.agent} wants {request.tool}({request.arguments}) because {request.reason}. Approve?", err=True)
-
-
-def _show_run(record: RunRecord) -> None:
-    from rich.table import Table
-
-    from agentkit_tracking import traces
-
-    console = _console()
-    table = Table("at, s", "state", "step", "result", title=f"{record.system} · release {(record.release or 'draft')[:12]}")
-    for step in record.steps:
-        result = step.error or (step.inputs if step.kind == "decision" else step.outputs)
-        what = f"→ {step.name}" if step.kind == "transition" else f"{step.kind} {step.name}"
-        table.add_row(f"{step.started:.3f}", step.state, what, _clip(result))
-    console.print(table)
-    for name, value in (record.output or {}).items():
-        console.print(f"[bold]{name}[/bold]: {value}", markup=True)
-    if record.error:
-        console.print(f"[red]{record.state}: {record.error}[/red]", markup=True)
-    phases = ", ".join(f"{k} {v:.3f} s" for k, v in record.phases.items())
-    console.print(
-        f"route [bold]{record.route}[/bold] · {record.state} · USD {record.usd:.6f} · {record.model_calls} model calls, "
-        f"{record.tokens_in} + {record.tokens_out} tokens · {record.seconds:.3f} s ({phases})"
+    return typer.confirm(
+        f"{request.agent} wants {request.tool}({request.arguments}) because {request.reason}. Approve?", err=True
     )
-    trace = traces.log_trace(record)
-    traces.flush()
-    console.print(f"run {record.run_id} · trace {trace} (`agentkit ui`, experiment {record.system}, Traces)")
-
-
-def _clip(value: Any) -> str:
-    from rich.markup import escape
-
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split())
-    return escape(text if len(text) <= 90 else text[:87] + "…")
 
 
 @app.command()
@@ -359,9 +263,10 @@ def batch(
     max_usd: MaxUsd = None,
 ) -> None:
     """Run a file of inputs through a release in the batch notebook; can be stopped and started again."""
-    from agentkit_pipelines.notebook_runner import run_notebook
     from agentkit_tracking import registry
     from agentkit_tracking.home import home
+
+    from agentkit_pipelines.notebook_runner import run_notebook
 
     registry.resolve(reference)  # wrong use is said before a kernel starts
     if not source.is_file():
@@ -373,9 +278,9 @@ def batch(
         "id_column": id_column,
     }
     parameters |= {k: v for k, v in {"workers": workers, "max_usd": max_usd}.items() if v is not None}
-    with _progress("batch") as progress:
+    with terminal.progress("batch") as progress:
         executed = run_notebook("batch", parameters, home() / "batches" / target.stem, progress)
-    _console().print(f"results: {target}; report: {_short(executed)}")
+    terminal.console().print(f"results: {target}; report: {terminal.short(executed)}")
 
 
 # ---- look
@@ -386,9 +291,8 @@ def list_(system: Annotated[str | None, typer.Argument(help="name; all systems w
     """List systems and their versions with aliases and last verdicts."""
     from datetime import datetime
 
-    from rich.table import Table
-
     from agentkit_tracking import registry
+    from rich.table import Table
 
     table = Table("version", "release", "aliases", "last verdict", "author", "commit", "registered")
     for name in [system] if system else registry.systems():
@@ -404,22 +308,25 @@ def list_(system: Annotated[str | None, typer.Argument(help="name; all systems w
                 datetime.fromtimestamp(v.created_at).strftime("%Y-%m-%d %H:%M"),
             )
     if not table.row_count:
-        raise UsageError(f"nothing is registered{f' as {system!r}' if system else ''}; begin with `agentkit register FILE.py`")
-    _console().print(table)
+        raise UsageError(
+            f"nothing is registered{f' as {system!r}' if system else ''}; begin with `agentkit register FILE.py`"
+        )
+    terminal.console().print(table)
 
 
 @app.command()
 def show(reference: Reference) -> None:
     """Show one release: prompts, tools and permissions, budget, model, files, verdict."""
+    from agentkit_tracking import registry
     from rich.markup import escape
     from rich.table import Table
 
-    from agentkit_tracking import registry
-
     version = registry.resolve(reference)
     _, manifest = registry.fetch_version(version)
-    console = _console()
-    console.print(f"[bold]{version}[/bold] · release {manifest.release_id} · {', '.join(version.aliases) or 'no alias'}")
+    console = terminal.console()
+    console.print(
+        f"[bold]{version}[/bold] · release {manifest.release_id} · {', '.join(version.aliases) or 'no alias'}"
+    )
     console.print(f"source {manifest.entry} · model {manifest.model} · weights {(manifest.weights or 'none')[:12]}")
     matrix = Table("tool", "permission", "a person from", *manifest.spec["agents"])
     for name, tool in manifest.spec["tools"].items():
@@ -428,7 +335,9 @@ def show(reference: Reference) -> None:
         matrix.add_row(name, tool["permission"], limit, *may)
     if manifest.spec["tools"]:
         console.print(matrix)
-    console.print("budget per run: " + ", ".join(f"{k} {v:g}" for k, v in manifest.spec["budget"].items() if v is not None))
+    console.print(
+        "budget per run: " + ", ".join(f"{k} {v:g}" for k, v in manifest.spec["budget"].items() if v is not None)
+    )
     for name, state in manifest.prompts.items():
         console.print(f"\n[bold]{name}[/bold]")
         console.print(escape(registry.prompt_text(state)))
@@ -442,10 +351,18 @@ def diff(old: Reference, new: Reference) -> None:
     """Show what differs between two releases: prompts, tools, budget, model, files, source text."""
     from agentkit_pipelines.comparison import differences
 
-    console = _console()
+    console = terminal.console()
     found = differences(old, new)
     for line in found:
-        color = "green" if line.startswith("+") else "red" if line.startswith("-") else "bold" if line.startswith("#") else None
+        color = (
+            "green"
+            if line.startswith("+")
+            else "red"
+            if line.startswith("-")
+            else "bold"
+            if line.startswith("#")
+            else None
+        )
         console.print(line, style=color, markup=False)
     if not found:
         console.print("no difference: the same release")
@@ -457,9 +374,8 @@ def log(
     limit: Annotated[int, typer.Option(min=1, help="rows without a query")] = 20,
 ) -> None:
     """Query the run log, e.g. `agentkit log "SELECT route, count(*), sum(usd) FROM runs GROUP BY route"`."""
-    from rich.table import Table
-
     from agentkit_tracking.runlog import RunLog
+    from rich.table import Table
 
     default = (
         "SELECT started_at, system, left(release, 12) AS release, kind, route, state, round(seconds, 3) AS seconds, usd, run_id "
@@ -468,8 +384,8 @@ def log(
     frame = RunLog().sql(query or default)
     table = Table(*frame.columns)
     for row in frame.iter_rows():
-        table.add_row(*(_clip(v) if not isinstance(v, int | float) or v is None else f"{v:g}" for v in row))
-    _console().print(table)
+        table.add_row(*(terminal.clip(v) if not isinstance(v, int | float) or v is None else f"{v:g}" for v in row))
+    terminal.console().print(table)
 
 
 class Format(StrEnum):
@@ -482,7 +398,9 @@ class Format(StrEnum):
 @data_app.command("check")
 def data_check(
     file: Annotated[Path, typer.Argument(help="JSONL of examples")],
-    against: Annotated[list[Path] | None, typer.Option(help="also look for near-duplicates of these files' cases")] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="also look for near-duplicates of these files' cases")
+    ] = None,
 ) -> None:
     """Check a file of examples against the schema; report class balance and near-duplicates. Exit code 2 if it is wrong."""
     from rich.table import Table
@@ -490,7 +408,7 @@ def data_check(
     from agentkit.examples import check_examples
 
     found = check_examples(file, against=against or [])
-    console = _console()
+    console = terminal.console()
     console.print(f"{file}: {found.count} examples, sha256 {found.sha256[:12]}")
     table = Table("field", "values")
     table.add_row("task_type", _counts(found.by_task_type))
@@ -526,7 +444,7 @@ def data_import(
     answers = [n.strip() for n in expected.split(",") if n.strip()]
     found = import_examples(source, id=id_column, inputs=names, expected=answers, task_type=task_type, tags=tags)
     write_examples(target, found)
-    _console().print(f"{len(found)} examples written to {target}")
+    terminal.console().print(f"{len(found)} examples written to {target}")
 
 
 # ---- services
@@ -535,7 +453,9 @@ def data_import(
 @app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
-    host: Annotated[str, typer.Option(help="keep to loopback unless something in front of it checks who asks")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="keep to loopback unless something in front of it checks who asks")
+    ] = "127.0.0.1",
 ) -> None:
     """Serve the MLflow UI on the local store: compare versions, read verdicts, set `candidate`."""
     from agentkit_tracking.home import connect, home, prepare_environment, tracking_uri
@@ -545,8 +465,15 @@ def ui(
     uri = tracking_uri()
     if not uri.startswith("sqlite:"):
         raise UsageError(f"MLFLOW_TRACKING_URI is {uri}: that server has a UI of its own")
-    _console().print(f"MLflow UI on http://{host}:{port} (about 20 s to start; Ctrl-C to stop)")
-    command = ["mlflow", "server", "--backend-store-uri", uri, "--default-artifact-root", (home() / "artifacts").as_uri()]
+    terminal.console().print(f"MLflow UI on http://{host}:{port} (about 20 s to start; Ctrl-C to stop)")
+    command = [
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--default-artifact-root",
+        (home() / "artifacts").as_uri(),
+    ]
     arguments = [sys.executable, "-m", *command, "--host", host, "--port", str(port), "--workers", "1"]
     os.execv(sys.executable, arguments)
 
@@ -559,7 +486,7 @@ def doctor(
     """Check Python, packages, keys, stores and ports, and say what to do. Exit code 1 if something is wrong."""
     from agentkit_pipelines.doctor import examine
 
-    console = _console()
+    console = terminal.console()
     findings = examine(port=port, repair=repair)
     for finding in findings:
         mark = {"ok": "[green]✓[/green]", "warn": "[yellow]![/yellow]", "bad": "[red]✗[/red]"}[finding.level]

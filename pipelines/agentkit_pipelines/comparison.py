@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from agentkit_tracking import registry
-from agentkit_tracking.manifest import SOURCE
+from agentkit_tracking.manifest import SOURCE, differing
 
 
 def differences(old: str, new: str) -> list[str]:
@@ -18,13 +17,14 @@ def differences(old: str, new: str) -> list[str]:
     for name in sorted(a[1].prompts.keys() | b[1].prompts.keys()):
         before, after = (registry.prompt_text(m.prompts[name]) if name in m.prompts else "" for _, m in (a, b))
         lines += _titled(f"prompt {name}", _unified(before, after))
-    for title, before, after in (
+    settings: tuple[tuple[str, Any, Any], ...] = (
         ("spec", a[1].spec, b[1].spec),
         ("model", {"model": a[1].model, "weights": a[1].weights}, {"model": b[1].model, "weights": b[1].weights}),
         ("parameters", a[1].parameters, b[1].parameters),
         ("environment", {"lock": a[1].lock, **a[1].packages}, {"lock": b[1].lock, **b[1].packages}),
-    ):
-        lines += _titled(title, list(_pairs("", before, after)))
+    )
+    for title, was, now in settings:
+        lines += _titled(title, [x for path, o, n in differing(was, now) for x in (f"- {path}: {o}", f"+ {path}: {n}")])
     for path in sorted(a[1].files.keys() | b[1].files.keys()):
         if a[1].files.get(path) != b[1].files.get(path):
             lines += _titled(f"file {path}", _unified(_text(a[0], path), _text(b[0], path)))
@@ -37,15 +37,6 @@ def _titled(title: str, lines: list[str]) -> list[str]:
 
 def _unified(before: str, after: str) -> list[str]:
     return list(difflib.unified_diff(before.splitlines(), after.splitlines(), "", "", lineterm="", n=2))[2:]
-
-
-def _pairs(prefix: str, before: Any, after: Any) -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from _pairs(f"{prefix}.{key}".lstrip("."), before.get(key), after.get(key))
-    elif before != after:
-        yield f"- {prefix}: {before}"
-        yield f"+ {prefix}: {after}"
 
 
 def _text(folder: Path, path: str) -> str:

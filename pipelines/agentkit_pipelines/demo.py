@@ -10,8 +10,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +17,9 @@ from rich.console import Console
 from rich.panel import Panel
 
 from agentkit.errors import UsageError
+from agentkit_pipelines import terminal
 
-# Bound to the real stdout, so that it still shows while the optimiser's chatter is swallowed.
+# Bound to the real stdout, so that it still shows while the notebook swallows its optimiser's chatter.
 console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False)
 T = TypeVar("T")
 REPEATS = 3
@@ -35,11 +34,15 @@ def main() -> int:
     start = time.monotonic()
     root = Path(__file__).resolve().parents[2]
     if not (root / NOTEBOOK).is_file():
-        raise UsageError("the demo needs the checkout of the project (notebooks/ and data/); clone it and run `make demo`")
+        raise UsageError(
+            "the demo needs the checkout of the project (notebooks/ and data/); clone it and run `make demo`"
+        )
     os.chdir(root)
     home = Path(os.environ.get("AGENTKIT_HOME", root / ".agentkit" / "demo")).resolve()
     console.print(Panel.fit("agentkit: a support-triage system on its way to production, and back", style="bold"))
-    console.print(f"no key, no network: the model is the embedded one (no LLM). Everything is kept in {_short(home, root)}")
+    console.print(
+        f"no key, no network: the model is the embedded one (no LLM). Everything is kept in {_short(home, root)}"
+    )
     if home.exists() and home.name == "demo":
         shutil.rmtree(home)  # its own, from the last time; nothing of the user's is in it
     os.environ["AGENTKIT_HOME"] = str(home)
@@ -61,23 +64,22 @@ def _quiet() -> None:
 
 def _story(root: Path, home: Path) -> None:
     with console.status("starting (imports: dspy, mlflow, scikit-learn)"):
-        from agentkit_pipelines import promotion
         from agentkit_tracking import registry
         from agentkit_tracking.home import connect
+
+        from agentkit_pipelines import promotion
 
         connect()
         _quiet()
 
     def register(what: str, file: Path, prepare: str) -> registry.Version:
         _title(what, f"agentkit register {_short(file, root)} --prepare {prepare}")
-        with console.status("tuning and registering"), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with console.status("tuning and registering"):
             version = _timed(lambda: registry.register_file(file, prepare))
         console.print(f"  registered [bold]{version}[/bold], release {version.release_id[:12]}, {_seconds()}")
         return version
 
     def promote(version: registry.Version, expected: str) -> promotion.Evaluation:
-        from agentkit_pipelines.cli import _progress
-
         console.print(f"  [dim]$ agentkit promote {version} --repeats {REPEATS}[/dim]")
         plan = promotion.Plan(
             version,
@@ -85,7 +87,7 @@ def _story(root: Path, home: Path) -> None:
             promotion.find_thresholds(version.name),
             repeats=REPEATS,
         )
-        with _progress(f"  golden set × {REPEATS}") as progress:
+        with terminal.progress(f"  golden set × {REPEATS}") as progress:
             done = _timed(lambda: promotion.promote(plan, progress=progress))
         _verdict(done, expected)
         return done
@@ -94,7 +96,9 @@ def _story(root: Path, home: Path) -> None:
     promote(v1, "fail")
 
     v2 = register(
-        "Version 2: labels described, demonstrations chosen by a DSPy optimiser, fitted to 1,628 tickets", NOTEBOOK, "tuned"
+        "Version 2: labels described, demonstrations chosen by a DSPy optimiser, fitted to 1,628 tickets",
+        NOTEBOOK,
+        "tuned",
     )
     promote(v2, "pass")
 
@@ -109,7 +113,9 @@ def _story(root: Path, home: Path) -> None:
 
     _title("Back: something is wrong in production", f'agentkit rollback {v4.name} --why "complaints"')
     left, now = _timed(lambda: promotion.rollback(v4.name, why="complaints (demo)"))
-    console.print(f"  {left} → [bold]{now}[/bold] in production again, {_seconds()}; running processes follow within 10 s")
+    console.print(
+        f"  {left} → [bold]{now}[/bold] in production again, {_seconds()}; running processes follow within 10 s"
+    )
 
     _one_run(registry.load(f"{v4.name}@production"))
     _next(home, root)
@@ -157,15 +163,20 @@ def _verdict(done: object, expected: str) -> None:
     console.print(f"    ✓ {passed} rules passed, ○ {untested} not exercised by a free in-process model (cost, latency)")
     word = {"pass": "PROMOTED", "fail": "REFUSED", "inconclusive": "REFUSED (inconclusive)"}[done.verdict.verdict]
     color = "green" if done.verdict.verdict == "pass" else "red"
-    console.print(f"  [bold {color}]{word}[/bold {color}] {done.version}, attempt {done.attempts} on this golden set, {_seconds()}")
+    console.print(
+        f"  [bold {color}]{word}[/bold {color}] {done.version}, attempt {done.attempts} on this golden set, {_seconds()}"
+    )
     if done.verdict.verdict != expected:
-        console.print(f"  [bold yellow]The story expected the verdict {expected}; the figures say otherwise.[/bold yellow]")
+        console.print(
+            f"  [bold yellow]The story expected the verdict {expected}; the figures say otherwise.[/bold yellow]"
+        )
         raise SystemExit(1)
 
 
 def _one_run(system: object) -> None:
-    from agentkit.systems import System
     from agentkit_tracking import traces
+
+    from agentkit.systems import System
 
     assert isinstance(system, System)
     text = "I was charged twice for order ORD-10003, please refund the second payment."
@@ -178,7 +189,9 @@ def _one_run(system: object) -> None:
     )
     trace = traces.log_trace(record)
     traces.flush()
-    console.print(f"  {record.seconds * 1000:.0f} ms, {record.tokens_in} + {record.tokens_out} tokens, USD {record.usd:.2f}, trace {trace}")
+    console.print(
+        f"  {record.seconds * 1000:.0f} ms, {record.tokens_in} + {record.tokens_out} tokens, USD {record.usd:.2f}, trace {trace}"
+    )
 
 
 def _next(home: Path, root: Path) -> None:

@@ -14,7 +14,12 @@ from typing import Literal
 from agentkit.errors import AgentkitError
 
 _PACKAGES = ("dspy", "mlflow", "duckdb", "polars", "papermill", "marimo", "scikit-learn", "jupyterlab")
-_KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY", "gemini": "GEMINI_API_KEY", "groq": "GROQ_API_KEY"}
+_KEYS = {
+    "openai": "OPENAI_API_KEY",
+    "anthropic": "ANTHROPIC_API_KEY",
+    "gemini": "GEMINI_API_KEY",
+    "groq": "GROQ_API_KEY",
+}
 _MIN_FREE_GB = 1.0
 
 
@@ -33,13 +38,11 @@ def examine(*, port: int = 5000, repair: bool = False) -> list[Finding]:
 
 
 def _python() -> Iterator[Finding]:
-    found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        yield Finding("bad", f"Python {found}", "agentkit needs 3.11 or newer")
-    else:
-        yield Finding("ok", f"Python {found}, {os.cpu_count()} cores")
+    yield Finding("ok", f"Python {'.'.join(map(str, sys.version_info[:3]))}, {os.cpu_count()} cores")
     if os.environ.get("PYTHONDONTWRITEBYTECODE"):
-        yield Finding("warn", "PYTHONDONTWRITEBYTECODE is set", "unset it: without bytecode every start takes twice as long")
+        yield Finding(
+            "warn", "PYTHONDONTWRITEBYTECODE is set", "unset it: without bytecode every start takes twice as long"
+        )
 
 
 def _packages() -> Iterator[Finding]:
@@ -48,7 +51,9 @@ def _packages() -> Iterator[Finding]:
             yield Finding("ok", f"{name} {version(name)}")
         except PackageNotFoundError:
             extra = "agentkit-hedgehog[lab]" if name == "jupyterlab" else "agentkit-hedgehog"
-            yield Finding("warn" if name == "jupyterlab" else "bad", f"{name} is not installed", f"pip install '{extra}'")
+            yield Finding(
+                "warn" if name == "jupyterlab" else "bad", f"{name} is not installed", f"pip install '{extra}'"
+            )
 
 
 def _home() -> Iterator[Finding]:
@@ -87,9 +92,11 @@ def _models() -> Iterator[Finding]:
 
 
 def _store(repair: bool) -> Iterator[Finding]:
-    from agentkit_pipelines.promotion import find_production, mirror_prompts, mirrors_wrong
     from agentkit_tracking import registry
     from agentkit_tracking.home import tracking_uri
+    from mlflow.exceptions import MlflowException
+
+    from agentkit_pipelines.promotion import find_production, mirror_prompts, mirrors_wrong
 
     try:
         names = registry.systems()
@@ -106,10 +113,14 @@ def _store(repair: bool) -> Iterator[Finding]:
             yield Finding("ok", f"{name}@production is {production}, release {production.release_id[:12]}, intact")
         except AgentkitError as e:
             yield Finding("bad", f"{name}@production: {e}", f"agentkit rollback {name}")
-        if wrong := mirrors_wrong(production):
+        if not (wrong := mirrors_wrong(production)):
+            continue
+        what = f"{name}: {len(wrong)} prompt aliases differ from production"
+        try:
             mended = mirror_prompts(production) if repair else 0
-            advice = "" if mended else "agentkit doctor --repair"
-            yield Finding("ok" if mended else "warn", f"{name}: {len(wrong)} prompt aliases differ from production", advice)
+            yield Finding("ok", f"{what}; mended") if mended else Finding("warn", what, "agentkit doctor --repair")
+        except MlflowException as e:  # a prompt was deleted, say
+            yield Finding("warn", f"{what} and cannot be mended", str(e).splitlines()[0])
 
 
 def _port(port: int) -> Iterator[Finding]:
@@ -117,6 +128,8 @@ def _port(port: int) -> Iterator[Finding]:
         s.settimeout(0.5)
         taken = s.connect_ex(("127.0.0.1", port)) == 0
     if taken:
-        yield Finding("warn", f"port {port} is taken", f"`agentkit ui --port {port + 1}`, or it is the UI already running")
+        yield Finding(
+            "warn", f"port {port} is taken", f"`agentkit ui --port {port + 1}`, or it is the UI already running"
+        )
     else:
         yield Finding("ok", f"port {port} is free for `agentkit ui`")

@@ -128,7 +128,12 @@ def evaluate(
         record = system.run(kind="evaluation", ledger=ledger, **inputs)
         if max_usd is not None and (record.error or "").startswith(f"BudgetExceeded: budget of {max_usd:g} usd"):
             raise BudgetExceeded("usd", max_usd, ledger.used["usd"], 0.0)
-        return {"case_id": example.id, "repeat": repeat, "task_type": example.task_type, **_score(system, example, record)}
+        return {
+            "case_id": example.id,
+            "repeat": repeat,
+            "task_type": example.task_type,
+            **_score(system, example, record),
+        }
 
     rows = []
     for i, (_, row) in enumerate(in_parallel(work, jobs, workers or default_workers(system)), 1):
@@ -212,8 +217,10 @@ def _frame(rows: list[dict[str, Any]], metrics: dict[str, Metric]) -> pl.DataFra
         # A failed run got nothing right; only a crash of the metric itself leaves a null.
         blank = {bool: False, float: 0.0, str: "(run failed)"}[kind]
         columns[name] = [blank if f else v for v, f in zip(columns[name], failed, strict=True)]
-    text = {n: pl.String for n in ("case_id", "task_type", "run_id", "state", "route", "error", "metric_errors", "output")}
-    frame = pl.DataFrame(columns, schema_overrides=text | {"confidence": pl.Float64, "cost_usd": pl.Float64}, strict=False)
+    text = dict.fromkeys(("case_id", "task_type", "run_id", "state", "route", "error", "metric_errors", "output"), pl.String)
+    frame = pl.DataFrame(
+        columns, schema_overrides=text | {"confidence": pl.Float64, "cost_usd": pl.Float64}, strict=False
+    )
     if frame["cost_usd"].is_nan().any():
         raise UsageError("the model's price is unknown, so costs are; add it under [prices] of agentkit.toml")
     return frame.sort("case_id", "repeat")

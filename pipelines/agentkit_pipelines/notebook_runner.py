@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,9 +33,7 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     return dict(papermill.inspect_notebook(str(notebook)))
 
 
-def run_notebook(
-    name: str, parameters: Mapping[str, Any], output: Path, progress: Progress | None = None
-) -> Path:
+def run_notebook(name: str, parameters: Mapping[str, Any], output: Path, progress: Progress | None = None) -> Path:
     """Execute `notebooks/<name>.ipynb` in a kernel of its own; returns the executed notebook.
 
     Args:
@@ -43,9 +42,10 @@ def run_notebook(
 
     Raises:
         UsageError: the notebook has no such parameter (papermill itself would only warn and run with the default).
-        NotebookFailed: a cell raised.
+        NotebookFailed: a cell raised, or the kernel died.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     source = NOTEBOOKS / f"{name}.ipynb"
@@ -54,7 +54,7 @@ def run_notebook(
         raise UsageError(f"notebook {name} has no parameter {', '.join(unknown)}; it takes {', '.join(known)}")
     output.mkdir(parents=True, exist_ok=True)
     executed = output / f"{name}.ipynb"
-    with _watching(output / PROGRESS_FILE, progress):
+    with _watching(output / PROGRESS_FILE, progress), _kernel_options() as options:
         try:
             papermill.execute_notebook(
                 str(source),
@@ -63,10 +63,27 @@ def run_notebook(
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=os.getcwd(),
+                **options,
             )
         except PapermillExecutionError as e:
             raise NotebookFailed(f"{name}: {e.ename}: {e.evalue} (see {executed})", executed, e.ename) from e
+        except DeadKernelError as e:  # killed, or out of memory
+            raise NotebookFailed(f"{name}: its kernel died (see {executed})", executed, type(e).__name__) from e
     return executed
+
+
+@contextmanager
+def _kernel_options() -> Iterator[dict[str, Any]]:
+    """Talk to the kernel over Unix sockets in a folder of ours: TCP on loopback is open to every local user."""
+    from traitlets.config import Config
+
+    options: dict[str, Any] = {"extra_arguments": ["--IPKernelApp.log_level=50"]}  # its shutdown logs an error
+    if os.name != "posix":
+        yield options
+        return
+    with tempfile.TemporaryDirectory(prefix="ak-") as folder:
+        socket = {"transport": "ipc", "ip": f"{folder}/k"}  # short: socket paths end at about 100 characters
+        yield {**options, "config": Config({"KernelManager": socket, "AsyncKernelManager": socket})}
 
 
 def report_progress(output: str | Path) -> Progress:

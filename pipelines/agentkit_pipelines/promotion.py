@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+from agentkit_tracking import registry
+from agentkit_tracking.home import connect, experiment_id, home, project_root
+from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
 
 from agentkit.errors import BudgetExceeded, ReleaseError, UsageError
 from agentkit.examples import read_examples, sha256_of
@@ -24,12 +27,9 @@ from agentkit_pipelines import report
 from agentkit_pipelines.gate import Verdict
 from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_notebook
 from agentkit_pipelines.thresholds import load_thresholds
-from agentkit_tracking import registry
-from agentkit_tracking.home import connect, experiment_id, home, project_root
-from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
 
 Say = Callable[[str], None]
-_RESULTS, _VERDICT, _SETTINGS = "results.parquet", "verdict.json", "settings.json"
+_RESULTS, _VERDICT, _SETTINGS, _EVIDENCE = "results.parquet", "verdict.json", "settings.json", "evidence.json"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def find_thresholds(system: str, given: Path | None = None) -> Path:
     Raises:
         UsageError: there is none.
     """
-    places = [given] if given else [f / "thresholds" / f"{system}.yaml" for f in (project_root(), Path(__file__).parent)]
+    places = (
+        [given] if given else [f / "thresholds" / f"{system}.yaml" for f in (project_root(), Path(__file__).parent)]
+    )
     for place in places:
         if place.is_file():
             return place
@@ -139,16 +141,17 @@ def _output_folder(version: Version) -> Path:
 def _production_parameters(production: Version, plan: Plan) -> dict[str, str]:
     """Results of production on the same cases and seeds: those of its own promotion if they fit, else evaluated anew."""
     found = {"production": str(registry.fetch_version(production)[0])}
-    kept = _download_results(production)
+    kept = _download_evidence(production)
     if kept is not None:
-        settings = json.loads((kept / _SETTINGS).read_text())
-        same_set = settings["golden_sha256"] == sha256_of(plan.golden) and settings["seed"] == plan.seed
-        if same_set and settings["repeats"] == (plan.repeats or settings["repeats"]) and settings["deterministic"]:
-            found["production_results"] = str(kept / _RESULTS)
+        folder, evidence = kept
+        same_set = evidence["golden_sha256"] == sha256_of(plan.golden) and evidence["seed"] == plan.seed
+        if same_set and evidence["repeats"] == (plan.repeats or evidence["repeats"]) and evidence["deterministic"]:
+            found["production_results"] = str(folder / _RESULTS)
     return found
 
 
-def _download_results(version: Version) -> Path | None:
+def _download_evidence(version: Version) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and evidence of the version's last evaluation; None if there is none, or it is not whole."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -156,9 +159,12 @@ def _download_results(version: Version) -> Path | None:
     if run_id is None:
         return None
     try:
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="evidence"))
-    except (MlflowException, OSError):
+        folder = Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="evidence"))
+        evidence: dict[str, Any] = json.loads((folder / _EVIDENCE).read_text())
+        is_whole = evidence["results_sha256"] == sha256_of(folder / _RESULTS)
+    except (MlflowException, OSError, ValueError, KeyError):
         return None
+    return (folder, evidence) if is_whole and evidence["release"] == version.release_id else None
 
 
 def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> Evaluation:
@@ -179,7 +185,7 @@ def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> 
         "notebook_sha256": sha256_of(notebook),
         **settings,
     }
-    (output / "evidence.json").write_text(json.dumps(evidence, indent=2, sort_keys=True))
+    (output / _EVIDENCE).write_text(json.dumps(evidence, indent=2, sort_keys=True))
     experiment = experiment_id(version.name)
     attempts = _count_attempts(experiment, settings["golden_sha256"]) + 1
     tags = {
@@ -201,7 +207,8 @@ def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> 
     client.log_artifacts(run.info.run_id, str(output), "evidence")
     _log_cases(run.info.run_id, results)
     client.set_terminated(run.info.run_id, "FINISHED")
-    client.set_model_version_tag(version.name, str(version.number), f"{TAG}last_verdict", tags[f"{TAG}verdict"])
+    if verdict is not None:
+        client.set_model_version_tag(version.name, str(version.number), f"{TAG}last_verdict", verdict.verdict)
     client.set_model_version_tag(version.name, str(version.number), f"{TAG}evaluation_run", run.info.run_id)
     return Evaluation(version, output, results, verdict, compared, run.info.run_id, attempts, evidence)
 
@@ -213,11 +220,18 @@ def _read_verdict(output: Path) -> Verdict | None:
 
 def _log_cases(run_id: str, results: pl.DataFrame) -> None:
     """Per-case outcomes where the UI's run comparison shows them; ids and outcomes, never the case's text."""
-    from mlflow import MlflowClient
-
-    shown = ["case_id", "repeat", "task_type", "state", "route", *report.metric_names(results), "confidence", "latency_s"]
+    shown = [
+        "case_id",
+        "repeat",
+        "task_type",
+        "state",
+        "route",
+        *report.metric_names(results),
+        "confidence",
+        "latency_s",
+    ]
     columns = {name: results[name].to_list() for name in shown}
-    MlflowClient().log_table(run_id, columns, "cases.json")
+    connect().log_table(run_id, columns, "cases.json")
 
 
 def _log_failure(plan: Plan, error: NotebookFailed) -> None:
@@ -258,26 +272,39 @@ def _commit(done: Evaluation, say: Say) -> None:
     before = find_production(version.name)
     if before is not None and before.release_id == version.release_id:
         say(f"{version} is in production already")
-        mirror_prompts(version)
+        _mirror_or_say(version, say)
+        _clear_candidate(version)
         return
     if (before and before.release_id) != (done.production and done.production.release_id):
         raise ReleaseError(f"production of {version.name} changed while {version} was evaluated; promote it again")
+    registry.check_stored(version)
     number = str(version.number)
-    evidence = sha256_of(done.folder / "evidence.json")
+    evidence = sha256_of(done.folder / _EVIDENCE)
     client.set_model_version_tag(version.name, number, f"{TAG}evidence", evidence)
     client.set_model_version_tag(version.name, number, f"{TAG}previous", str(before.number) if before else "none")
     _note(version, "promoted", _who(), f"evidence {evidence[:12]}")
     client.set_registered_model_alias(version.name, PRODUCTION, number)  # the commit point
     _mirror_or_say(version, say)
-    if CANDIDATE in version.aliases:
-        client.delete_registered_model_alias(version.name, CANDIDATE)
+    _clear_candidate(version)
     say(f"{version} is now {version.name}@{PRODUCTION}")
 
 
-def mirrors_wrong(version: Version) -> list[dict[str, Any]]:
-    """The prompts of a version whose alias `production` points elsewhere."""
-    prompts = json.loads((version.tags or {}).get(f"{TAG}prompts", "{}")).values()
-    return [p for p in prompts if _prompt_in_production(p["name"]) != int(p["version"])]
+def _clear_candidate(version: Version) -> None:
+    """The wish is granted; one that was meanwhile made for another version stays."""
+    if any(CANDIDATE in v.aliases and v.number == version.number for v in registry.versions(version.name)):
+        connect().delete_registered_model_alias(version.name, CANDIDATE)
+
+
+def mirrors_wrong(production: Version) -> dict[str, int | None]:
+    """Prompts whose alias `production` is wrong, and the version it belongs to (None: the release has no such prompt)."""
+    named = {name: None for v in registry.versions(production.name) for name in _prompts(v)}
+    wanted: dict[str, int | None] = {**named, **_prompts(production)}
+    return {name: number for name, number in wanted.items() if _prompt_in_production(name) != number}
+
+
+def _prompts(version: Version) -> dict[str, int]:
+    found = json.loads((version.tags or {}).get(f"{TAG}prompts", "{}")).values()
+    return {p["name"]: int(p["version"]) for p in found}
 
 
 def _prompt_in_production(name: str) -> int | None:
@@ -297,8 +324,11 @@ def mirror_prompts(version: Version) -> int:
     Also mends what a promotion or rollback that was cut off left behind.
     """
     wrong = mirrors_wrong(version)
-    for prompt in wrong:
-        connect().set_prompt_alias(prompt["name"], PRODUCTION, prompt["version"])
+    for name, number in wrong.items():
+        if number is None:
+            connect().delete_prompt_alias(name, PRODUCTION)
+        else:
+            connect().set_prompt_alias(name, PRODUCTION, number)
     return len(wrong)
 
 
@@ -344,7 +374,8 @@ def rollback(name: str, *, why: str, who: str | None = None, say: Say = lambda _
             f"the alias away in the MLflow UI to stop it"
         )
     target = registry.resolve(f"{name}/{previous}")
-    registry.fetch_version(target)  # whole and unaltered, before anything moves
+    registry.fetch_version(target)  # whole and unaltered, here and where others fetch it, before anything moves
+    registry.check_stored(target)
     _note(current, "rolled_back", who or _who(), why)
     connect().set_registered_model_alias(name, PRODUCTION, str(target.number))
     _mirror_or_say(target, say)
@@ -363,7 +394,14 @@ def _note(version: Version, event: str, who: str, why: str) -> None:
     """Who, when and why, as a tag of the version and in its description."""
     client, number = connect(), str(version.number)
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    client.set_model_version_tag(version.name, number, f"{TAG}{event}", json.dumps({"who": who, "when": when, "why": why}))
+    client.set_model_version_tag(
+        version.name, number, f"{TAG}{event}", json.dumps({"who": who, "when": when, "why": why})
+    )
     text = client.get_model_version(version.name, number).description or ""
-    words = event.replace("_", " ").capitalize()
-    client.update_model_version(version.name, number, f"{text}\n- {words} {when} by {who}: {why}")
+    lines = [
+        *text.splitlines(),
+        f"- {event.replace('_', ' ').capitalize()} {when} by {who}: {' '.join(why.split())[:500]}",
+    ]
+    while len("\n".join(lines)) > registry.DESCRIPTION_LIMIT:  # the oldest note goes
+        lines.pop(next((i for i, line in enumerate(lines) if line.startswith(("- Promoted", "- Rolled back"))), 0))
+    client.update_model_version(version.name, number, "\n".join(lines))

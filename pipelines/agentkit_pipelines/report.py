@@ -48,8 +48,9 @@ def summarise(results: pl.DataFrame) -> pl.DataFrame:
     rows += [_quantile(results, c, q) for c in ("latency_s", *PHASES) for q in (0.5, 0.95)]
     rows += [_mean(results, c, unit) for c, unit in (("cost_usd", "USD"), ("tokens_in", ""), ("tokens_out", ""))]
     rows += _calibration(results)
-    by_repeat = results.group_by("repeat").agg(pl.col("success").mean())["success"]
-    rows.append(_row("spread", None, float(by_repeat.std() or 0.0) if len(by_repeat) > 1 else None, None, None, "", results))
+    by_repeat = results.group_by("repeat").agg(pl.col("success").mean())["success"].to_numpy()
+    spread = np.std(by_repeat, ddof=1) if len(by_repeat) > 1 else None
+    rows.append(_row("spread", None, spread, None, None, "", results))
     schema = {"metric": pl.String, "group": pl.String, "estimate": pl.Float64, "low": pl.Float64, "high": pl.Float64}
     return pl.DataFrame(rows, schema_overrides=schema)
 
@@ -135,8 +136,10 @@ def as_metrics(summary: pl.DataFrame) -> dict[str, float]:
 
 def changed_cases(results: pl.DataFrame, production: pl.DataFrame) -> dict[str, int]:
     """How many cases got better and worse than production, by their mean success over repeats."""
-    both = results.group_by("case_id").agg(pl.col("success").mean()).join(
-        production.group_by("case_id").agg(pl.col("success").mean().alias("before")), on="case_id"
+    both = (
+        results.group_by("case_id")
+        .agg(pl.col("success").mean())
+        .join(production.group_by("case_id").agg(pl.col("success").mean().alias("before")), on="case_id")
     )
     return {
         "better": int((both["success"] > both["before"]).sum()),
@@ -149,7 +152,13 @@ def verdict_table(verdict: Verdict) -> pl.DataFrame:
     """One row per rule, for people."""
     return pl.DataFrame(
         [
-            {"": SYMBOL[r.status], "rule": r.id, "status": r.status.replace("_", " "), "level": r.level, "what was found": r.text}
+            {
+                "": SYMBOL[r.status],
+                "rule": r.id,
+                "status": r.status.replace("_", " "),
+                "level": r.level,
+                "what was found": r.text,
+            }
             for r in verdict.rules
         ]
     )

@@ -23,16 +23,17 @@ os.environ["AGENTKIT_TRACES"] = "off"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "notebooks"))
 
-import agentkit as ak
 import dspy
 import numpy as np
 import polars as pl
-from agentkit.models import MeteredLM, Price
 from dspy.lm15 import Message, Response, TextPart, Usage
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sklearn.model_selection import StratifiedKFold
+
+import agentkit as ak
+from agentkit.models import MeteredLM, Price
 
 console = Console()
 rows: list[tuple[str, str, str, str]] = []
@@ -114,15 +115,17 @@ class Thrice(dspy.Module):
         return answer
 
 
+def process(command: list[str]) -> Callable[[], object]:
+    return lambda: subprocess.run(command, check=True, capture_output=True)
+
+
 def imports() -> None:
     """Whole processes, in turn."""
     for what, command, aim in (
         ("import agentkit", [sys.executable, "-c", "import agentkit"], "aim ≤ 0.3 s"),
         ("agentkit --help", [sys.executable, "-m", "agentkit_pipelines.cli", "--help"], "aim ≤ 0.5 s"),
     ):
-        blank = [sys.executable, "-c", "pass"]
-        run = lambda c: subprocess.run(c, check=True, capture_output=True)  # noqa: E731
-        a, b, ratio = paired(lambda c=command: run(c), lambda: run(blank), rounds=7, inner=1)
+        a, b, ratio = paired(process(command), process([sys.executable, "-c", "pass"]), rounds=7, inner=1)
         note(what, f"{a:.3f} s", f"bare python {b:.3f} s", f"{ratio:.1f}× ({aim})")
 
 
@@ -140,13 +143,16 @@ def evaluation_throughput() -> None:
     ours = len(results) / (time.perf_counter() - start)
     metric = lambda example, prediction, trace=None: prediction.queue == example.queue  # noqa: E731
     peer = dspy.Evaluate(devset=[e.for_dspy() for e in dev] * 3, metric=metric, num_threads=1, display_progress=False)
-    quiet = os.environ.copy()
     start = time.perf_counter()
     dspy.disable_logging()
     peer(system)
-    os.environ.update(quiet)
     theirs = len(dev) * 3 / (time.perf_counter() - start)
-    note("evaluation, runs per second", f"{ours:.0f}", f"dspy.Evaluate on the same system {theirs:.0f}", f"{ours / theirs:.2f}×")
+    note(
+        "evaluation, runs per second",
+        f"{ours:.0f}",
+        f"dspy.Evaluate on the same system {theirs:.0f}",
+        f"{ours / theirs:.2f}×",
+    )
     success = results["success"].mean()
     note("support tickets: fitted on train, success on dev", f"{success:.3f}", "", "")
 
@@ -190,7 +196,9 @@ def intents(name: str, path: Path, label: str) -> None:
             few[k] += score(chosen, test.tolist())[0]
     error = float(calibration(np.array(sure), np.array(right, dtype=float)).error)
     aim = "aim ≥ 0.89, hoped 0.90" if name == "banking77" else ""
-    note(f"{name}: accuracy fitted, {len(names)} intents", f"{np.mean(right):.4f}", f"calibration error {error:.3f}", aim)
+    note(
+        f"{name}: accuracy fitted, {len(names)} intents", f"{np.mean(right):.4f}", f"calibration error {error:.3f}", aim
+    )
     note(f"{name}: with 5 / 10 examples per class", f"{np.mean(few[5]):.3f} / {np.mean(few[10]):.3f}", "", "")
 
 
