@@ -29,6 +29,7 @@ from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_not
 from agentkit_pipelines.thresholds import load_thresholds
 
 Say = Callable[[str], None]
+_RELEASE, _HISTORY = "### Release ", "### History\n"
 _RESULTS, _VERDICT, _SETTINGS, _EVIDENCE = "results.parquet", "verdict.json", "settings.json", "evidence.json"
 
 
@@ -207,9 +208,11 @@ def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> 
     client.log_artifacts(run.info.run_id, str(output), "evidence")
     _log_cases(run.info.run_id, results)
     client.set_terminated(run.info.run_id, "FINISHED")
-    if verdict is not None:
-        client.set_model_version_tag(version.name, str(version.number), f"{TAG}last_verdict", verdict.verdict)
-    client.set_model_version_tag(version.name, str(version.number), f"{TAG}evaluation_run", run.info.run_id)
+    if verdict is not None:  # a look at another set is no evidence
+        number = str(version.number)
+        client.set_model_version_tag(version.name, number, f"{TAG}last_verdict", verdict.verdict)
+        client.set_model_version_tag(version.name, number, f"{TAG}evaluation_run", run.info.run_id)
+        _redescribe(version, gate=report.verdict_text(verdict, attempts))
     return Evaluation(version, output, results, verdict, compared, run.info.run_id, attempts, evidence)
 
 
@@ -230,8 +233,10 @@ def _log_cases(run_id: str, results: pl.DataFrame) -> None:
         "confidence",
         "latency_s",
     ]
-    columns = {name: results[name].to_list() for name in shown}
-    connect().log_table(run_id, columns, "cases.json")
+    client, rows = connect(), results.select(shown)
+    # What `log_table` writes, which would go through pandas: a split table, and the tag by which the UI finds it.
+    client.log_dict(run_id, {"columns": shown, "data": [list(r) for r in rows.iter_rows()]}, "cases.json")
+    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": "cases.json", "type": "table"}]))
 
 
 def _log_failure(plan: Plan, error: NotebookFailed) -> None:
@@ -394,14 +399,20 @@ def _note(version: Version, event: str, who: str, why: str) -> None:
     """Who, when and why, as a tag of the version and in its description."""
     client, number = connect(), str(version.number)
     when = datetime.now(UTC).isoformat(timespec="seconds")
-    client.set_model_version_tag(
-        version.name, number, f"{TAG}{event}", json.dumps({"who": who, "when": when, "why": why})
-    )
+    said = json.dumps({"who": who, "when": when, "why": why})
+    client.set_model_version_tag(version.name, number, f"{TAG}{event}", said)
+    _redescribe(version, line=f"- {event.replace('_', ' ')} {when} by {who}: {why}")
+
+
+def _redescribe(version: Version, gate: str | None = None, line: str | None = None) -> None:
+    """Put the last verdict first and the history last in the version's description, which people read in the UI."""
+    client, number = connect(), str(version.number)
     text = client.get_model_version(version.name, number).description or ""
-    lines = [
-        *text.splitlines(),
-        f"- {event.replace('_', ' ').capitalize()} {when} by {who}: {' '.join(why.split())[:500]}",
-    ]
-    while len("\n".join(lines)) > registry.DESCRIPTION_LIMIT:  # the oldest note goes
-        lines.pop(next((i for i, line in enumerate(lines) if line.startswith(("- Promoted", "- Rolled back"))), 0))
-    client.update_model_version(version.name, number, "\n".join(lines))
+    head, _, history = text.partition(_HISTORY)
+    old_gate, mark, release = head.partition(_RELEASE)
+    if not mark:  # nobody's but ours begins so; keep what a person wrote
+        old_gate, release = "", head
+    history = "\n".join(filter(None, [history.strip(), line]))
+    parts = [gate or old_gate.strip(), mark + release.strip(), f"{_HISTORY}\n{history}" if history else ""]
+    text = "\n\n".join(filter(None, parts))
+    client.update_model_version(version.name, number, text[: registry.DESCRIPTION_LIMIT])
