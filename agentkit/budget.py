@@ -14,7 +14,7 @@ from agentkit.errors import BudgetExceeded
 class Budget:
     """Upper limits; `None` means unlimited."""
 
-    model_calls: float | None = 20
+    model_calls: float | None = 20  # requests, those repeated after a failure included
     tool_calls: float | None = 50
     tokens_in: float | None = 100_000
     tokens_out: float | None = 50_000

@@ -25,7 +25,7 @@ _OWN = ("route", "state", "error", "cost_usd", "latency_s", "run_id")
 
 def default_workers(system: System) -> int:
     """1 for the in-process model, which threads only slow down (one interpreter lock); 8 for a provider's."""
-    return 1 if system.lm.model.startswith("embedded/") else 8
+    return 1 if all(lm.model.startswith("embedded/") for lm in system.models()) else 8
 
 
 def in_parallel(work: Callable[[T], U], items: Iterable[T], workers: int) -> Iterator[tuple[int, U]]:

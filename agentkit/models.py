@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from itertools import count
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import dspy
@@ -64,9 +62,6 @@ class Settings(BaseModel):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict, description="model string to dspy.LM arguments")
 
 
-_PLAINLY = {"extra_forbidden": f"no such key; there are {', '.join(Settings.model_fields)}, prices have input and output"}
-
-
 def load_settings(path: Path | None = None) -> Settings:
     """The settings of `path`, or of the nearest `agentkit.toml` at or above the working directory (none: empty).
 
@@ -86,10 +81,13 @@ def load_settings(path: Path | None = None) -> Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
             raise DataError(f"{found} is not valid TOML: {e}") from e
         except ValidationError as e:
-            problems = [f"{'.'.join(map(str, x['loc']))}: {_PLAINLY.get(x['type'], x['msg'])}" for x in e.errors()]
+            problems = [
+                f"{'.'.join(map(str, x['loc']))}: {'unknown key' if x['type'] == 'extra_forbidden' else x['msg']}"
+                for x in e.errors()
+            ]
             raise DataError(f"{found} does not follow the settings schema:", problems) from e
     if everything := os.environ.get("AGENTKIT_LM"):
-        tiers = {tier: everything for tier in {"fast", "strong", *settings.models}}
+        tiers = dict.fromkeys({"fast", "strong", *settings.models}, everything)
         settings = settings.model_copy(update={"models": tiers})
     return settings
 
@@ -122,41 +120,40 @@ class MeteredLM(dspy.LM):  # type: ignore[misc]
 
     def __call__(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         kwargs["cache"] = False
-        for attempt in count():
+        attempt = 0
+        while True:
             try:
                 with self._metering(prompt, messages, kwargs):
                     return super().__call__(prompt, messages=messages, **kwargs)
             except dspy.LMError as e:
                 wait = self._wait(e, attempt)
             time.sleep(wait)
+            attempt += 1
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
         """`__call__` beside a running event loop."""
         kwargs["cache"] = False
-        for attempt in count():
+        attempt = 0
+        while True:
             try:
                 with self._metering(prompt, messages, kwargs):
                     return await super().acall(prompt, messages=messages, **kwargs)
             except dspy.LMError as e:
                 wait = self._wait(e, attempt)
             await asyncio.sleep(wait)
-
-    def retry_itself(self) -> None:
-        """Take the retries over from DSPy."""
-        self.retries, self.num_retries = self.num_retries, 0
+            attempt += 1
 
     def update_history(self, entry: dict[str, Any]) -> None:
         """DSPy hands over usage and cost here, on the calling thread, once per answered call."""
         step, keep = _step.get() or (None, True)
         if step is not None:
             usage = entry.get("usage") or {}
-            counted = usage.get("prompt_tokens"), usage.get("completion_tokens")
-            step.tokens_in += counted[0] or 0
-            step.tokens_out += counted[1] or 0
+            step.tokens_in += usage.get("prompt_tokens") or 0
+            step.tokens_out += usage.get("completion_tokens") or 0
             cost = entry.get("cost")
             if self.price is not None:
-                known = None not in counted or self.price == Price(input=0, output=0)
-                cost = self.price.usd(step.tokens_in, step.tokens_out) if known else None
+                counted = step.tokens_in or self.price == Price(input=0, output=0)  # no prompt has no tokens
+                cost = self.price.usd(step.tokens_in, step.tokens_out) if counted else None
             # An unknown cost is not zero: NaN shows as null in the log and stops cost rules.
             step.usd = float("nan") if cost is None else cost
             step.outputs = entry.get("outputs")
@@ -203,14 +200,15 @@ class MeteredLM(dspy.LM):  # type: ignore[misc]
 
 def _advice(error: dspy.LMError) -> str:
     """One line: what happened and what to do."""
-    first = (str(error.message or error).strip() or type(error).__name__).splitlines()[0]
-    first = shorten(first, 200, placeholder=" …")
+    said = (str(error.message or error).strip() or type(error).__name__).splitlines()[0]
+    first = said if len(said) <= 200 else said[:199] + "…"
     match error:
         case dspy.LMAuthError() | dspy.LMNotConfiguredError():
             names = " or ".join(getattr(error, "env_keys", ())) or "e.g. OPENAI_API_KEY"
             return f"no valid key ({first}); set the provider's key variable, {names}"
         case dspy.LMTransportError() | dspy.LMTimeoutError() if _timed_out(error):
-            return f"the model did not answer in time ({first.split(';')[0]}); raise `timeout` in [options] of {SETTINGS_FILE}"
+            first = first.partition(";")[0]  # DSPy goes on with advice that does not fit here
+            return f"the model did not answer in time ({first}); raise `timeout` in [options] of {SETTINGS_FILE}"
         case dspy.LMRateLimitError():
             asked = "" if error.retry_after is None else f", asks to wait {error.retry_after:g} s"
             return f"rate limited ({first}{asked}); run fewer workers or wait"
@@ -218,8 +216,10 @@ def _advice(error: dspy.LMError) -> str:
             return f"the server cannot be reached ({first}); check api_base and the network"
         case dspy.LMUnsupportedModelError():
             return f"unknown model ({first}); check the name after the slash"
-        case _:
+        case dspy.LMProviderError():
             return f"the provider answered with an error ({first})"
+        case _:
+            return f"the call failed ({first})"
 
 
 def _timed_out(error: BaseException | None) -> bool:
@@ -254,7 +254,7 @@ def build_lm(name: str, *, settings: Settings | None = None, weights: Weights | 
         raise ModelError(f"fitted weights belong to the embedded engine, not to {model!r}")
     try:
         lm = MeteredLM(model, **options)
-        lm.retry_itself()
+        lm.retries, lm.num_retries = lm.num_retries, 0
     except (TypeError, ValueError, dspy.LMError) as e:
         raise ModelError(f"{model}: {str(e).splitlines()[0]}") from e
     lm.price = settings.prices.get(model) or _listed_price(model)
@@ -267,7 +267,7 @@ def metered(lm: Any) -> Any:
         return lm
     copy = lm.copy()
     copy.__class__ = MeteredLM
-    copy.retry_itself()
+    copy.retries, copy.num_retries = lm.num_retries, 0
     copy.price = load_settings().prices.get(lm.model) or _listed_price(lm.model)
     return copy
 

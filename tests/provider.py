@@ -5,65 +5,83 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
+from pathlib import Path
 from typing import Any
 
 MODEL = "openai/loopback-1"
-Answer = str | Callable[[dict[str, Any]], str]
+FAST = {"Retry-After": "0.01"}  # headers of a failure that may be retried at once
+Request = dict[str, Any]
+
+
+def answer(**fields: str) -> str:
+    """A completion in the form DSPy asks for."""
+    return "\n\n".join(f"[[ ## {name} ## ]]\n{text}" for name, text in (fields | {"completed": ""}).items())
+
+
+BILLING = answer(label="billing")
+
+
+def prompt(request: Request) -> str:
+    """Everything the model is given to read."""
+    return "".join(message["content"] for message in request["messages"])
 
 
 @dataclass(frozen=True)
 class Reply:
     """What the server does with one request.
 
-    `text` may be a function of the request's JSON; `delay` is in seconds; `body` is sent in place of a completion;
-    `hang_up` closes the connection without a word.
+    `text` and `delay` (seconds) may be functions of the request's JSON. `tokens_in` None counts four characters as
+    one; `usage` False leaves the count out; `body` is sent in place of a completion; `hang_up` closes the connection
+    without a word.
     """
 
-    text: Answer = "[[ ## label ## ]]\nbilling\n\n[[ ## completed ## ]]"
+    text: str | Callable[[Request], str] = BILLING
+    delay: float | Callable[[Request], float] = 0.0
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    tokens_in: int = 100
+    tokens_in: int | None = 100
     tokens_out: int = 10
+    usage: bool = True
     body: bytes | None = None
     hang_up: bool = False
 
-    def content(self, request: dict[str, Any]) -> bytes:
+    def content(self, request: Request) -> bytes:
         """The body: as given, else an error object, else a completion."""
         if self.body is not None:
             return self.body
         if self.status != 200:
-            return json.dumps({"error": {"message": f"status {self.status}", "type": "test", "code": None}}).encode()
+            return json.dumps({"error": {"message": f"it went wrong with {self.status}", "type": "test"}}).encode()
         text = self.text(request) if callable(self.text) else self.text
+        tokens_in = len(prompt(request)) // 4 if self.tokens_in is None else self.tokens_in
+        usage = {
+            "prompt_tokens": tokens_in,
+            "completion_tokens": self.tokens_out,
+            "total_tokens": tokens_in + self.tokens_out,
+        }
         completion = {
             "id": "chatcmpl-1",
             "object": "chat.completion",
             "created": 0,
             "model": request["model"],
             "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
-            "usage": {
-                "prompt_tokens": self.tokens_in,
-                "completion_tokens": self.tokens_out,
-                "total_tokens": self.tokens_in + self.tokens_out,
-            },
         }
-        return json.dumps(completion).encode()
+        return json.dumps(completion | ({"usage": usage} if self.usage else {})).encode()
 
 
 class Provider:
     """Answers the first requests by `script`, one reply each, and all later ones by its last reply.
 
-    `requests` holds the JSON of every request that arrived, `times` when (monotonic seconds), `keys` the bearer token.
+    `requests` holds the JSON of every request that arrived, `times` when (monotonic seconds), `keys` its credential.
     """
 
     def __init__(self, *script: Reply) -> None:
         self._script = script or (Reply(),)
         self._lock = threading.Lock()
-        self.requests: list[dict[str, Any]] = []
+        self.requests: list[Request] = []
         self.times: list[float] = []
         self.keys: list[str] = []
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -71,23 +89,45 @@ class Provider:
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> Provider:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
 
-    def __len__(self) -> int:
-        return len(self.requests)
+    def settings(self, *, price: tuple[float, float] | None = (1000, 2000), **options: object) -> str:
+        """An `agentkit.toml` whose tier `fast` is this server; the price is USD per million tokens in and out."""
+        options = {"api_base": self.url, "api_key": "a-key", **options}
+        lines = ["[models]", f'fast = "{MODEL}"', f'[options."{MODEL}"]']
+        lines += [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+        if price is not None:
+            lines += [f'[prices."{MODEL}"]', f"input = {price[0]}", f"output = {price[1]}"]
+        return "\n".join(lines)
 
-    def take(self, request: dict[str, Any], key: str) -> Reply:
+    def take(self, request: Request, key: str) -> Reply:
         """Count a request and say how to answer it."""
         with self._lock:
             self.requests.append(request)
             self.times.append(time.monotonic())
             self.keys.append(key)
             return self._script[min(len(self.requests), len(self._script)) - 1]
+
+
+Serve = Callable[..., Provider]
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Serve]:
+    """`serve(*replies, **settings)` starts a provider and points the settings file in `folder` at it."""
+    with ExitStack() as stack:
+
+        def serve(*script: Reply, **settings: Any) -> Provider:
+            provider = stack.enter_context(Provider(*script))
+            (folder / "agentkit.toml").write_text(provider.settings(**settings))
+            return provider
+
+        yield serve
 
 
 class _Server(ThreadingHTTPServer):
@@ -100,13 +140,13 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+    disable_nagle_algorithm = True  # headers and body are two writes: 40 ms otherwise
     server: _Server
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         reply = self.server.provider.take(request, self.headers.get("Authorization", ""))
-        time.sleep(reply.delay)
+        time.sleep(reply.delay(request) if callable(reply.delay) else reply.delay)
         if reply.hang_up:
             self.close_connection = True
             return

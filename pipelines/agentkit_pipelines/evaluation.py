@@ -12,12 +12,11 @@ import dspy
 import polars as pl
 
 from agentkit.budget import Budget, Ledger
-from agentkit.embedded import EmbeddedEngine
 from agentkit.errors import BudgetExceeded, UsageError
 from agentkit.examples import Example
 from agentkit.mapping import default_workers, in_parallel
 from agentkit.metrics import Metric
-from agentkit.models import EMBEDDED, MeteredLM, Price
+from agentkit.models import EMBEDDED
 from agentkit.perturb import perturb
 from agentkit.records import RunRecord
 from agentkit.systems import System
@@ -43,45 +42,54 @@ class Estimate:
 
 def default_repeats(system: System) -> int:
     """8 for the free in-process model, 3 for a provider's."""
-    return FREE_REPEATS if system.lm.model == EMBEDDED else PAID_REPEATS
+    return FREE_REPEATS if is_embedded(system) else PAID_REPEATS
+
+
+def is_embedded(system: System) -> bool:
+    """Whether every model a run may call is the in-process one."""
+    return all(lm.model == EMBEDDED for lm in system.models())
 
 
 def exercised(system: System) -> frozenset[str]:
     """The rule families the model gives real figures for: a free in-process model proves nothing of cost or latency."""
-    return frozenset() if system.lm.model == EMBEDDED else frozenset({"cost", "latency"})
+    return frozenset() if is_embedded(system) else frozenset({"cost", "latency"})
 
 
 def estimate(system: System, examples: Sequence[Example], repeats: int, workers: int | None = None) -> Estimate:
     """Calls, tokens, USD and minutes of an evaluation, found without a paid call.
 
-    A dozen examples run with the embedded model in place of the real one: same workflow, same prompts. What real
-    answers weigh is unknown, so tokens out are those of the stand-in.
+    A dozen examples run with the embedded model in place of every other: same workflow, same prompts. What real
+    answers weigh is unknown, so tokens out are those of the stand-in; several models are priced at the dearest.
+
+    Raises:
+        UsageError: the embedded model cannot stand in for this system.
     """
     sample = list(examples[:: max(1, len(examples) // _PROBES)])[:_PROBES]
-    lm, runs = system.lm, len(examples) * repeats
-    stand_in = MeteredLM(EMBEDDED, engine=EmbeddedEngine(system.weights), cache=False, num_retries=0)
-    stand_in.price = Price(input=0, output=0)
-    records = []
-    for example in sample:
-        with dspy.context(lm=stand_in):
-            records.append(_with_lm(system, stand_in).run(kind="evaluation", **example.inputs))
+    models, runs, twin = system.models(), len(examples) * repeats, _with_stand_in(system)
+    records = [twin.run(kind="evaluation", **example.inputs) for example in sample]
+    if all(r.state != "DONE" for r in records):
+        raise UsageError(
+            f"no estimate without a paid call: the embedded model cannot stand in here ({records[0].error}); try "
+            "--repeats 1 on a small set with --max-usd"
+        )
     scale = runs / len(sample)
     tokens = sum(r.tokens_in for r in records) * scale, sum(r.tokens_out for r in records) * scale
     calls = sum(r.model_calls for r in records) * scale
-    if lm.model == EMBEDDED:
+    if is_embedded(system):
         minutes = sum(r.seconds for r in records) * scale / 60
     else:
         minutes = calls * _SECONDS_PER_CALL / (workers or default_workers(system)) / 60
-    usd = None if lm.price is None else lm.price.usd(*tokens)
+    prices = [getattr(lm, "price", None) for lm in models]
+    usd = None if None in prices else max(price.usd(*tokens) for price in prices if price is not None)
     return Estimate(runs, round(calls), round(tokens[0]), round(tokens[1]), usd, minutes)
 
 
-def _with_lm(system: System, lm: MeteredLM) -> System:
-    """A shallow copy of the system that calls another model."""
-    import copy
-
-    twin = copy.copy(system)
-    twin._lm = ((twin.model, id(twin.weights)), lm)
+def _with_stand_in(system: System) -> System:
+    """A copy of the system whose every call goes to the embedded model."""
+    twin: System = system.deepcopy()
+    twin.model = EMBEDDED
+    for _, predictor in twin.named_predictors():
+        predictor.lm = None
     return twin
 
 
@@ -118,6 +126,8 @@ def evaluate(
     if any(not e.expected for e in examples):
         unlabelled = [e.id for e in examples if not e.expected]
         raise UsageError(f"{len(unlabelled)} examples have no expected values yet, e.g. {unlabelled[0]!r}; label them")
+    if max_usd is not None and (unpriced := [m.model for m in system.models() if getattr(m, "price", None) is None]):
+        raise UsageError(f"a USD limit is set but no price is known for {unpriced[0]}; add it to [prices]")
     repeats = repeats or default_repeats(system)
     ledger = Ledger(Budget(None, None, None, None, max_usd, None))
     jobs = [(example, repeat) for repeat in range(repeats) for example in examples]
@@ -222,7 +232,10 @@ def _frame(rows: list[dict[str, Any]], metrics: dict[str, Metric]) -> pl.DataFra
         columns, schema_overrides=text | {"confidence": pl.Float64, "cost_usd": pl.Float64}, strict=False
     )
     if frame["cost_usd"].is_nan().any():
-        raise UsageError("the model's price is unknown, so costs are; add it under [prices] of agentkit.toml")
+        raise UsageError(
+            "what some calls cost is unknown: either no price is known for the model (add it under [prices] of "
+            "agentkit.toml), or the provider reports no token usage"
+        )
     return frame.sort("case_id", "repeat")
 
 
