@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import dspy
@@ -48,7 +50,8 @@ class Agent(dspy.Module):  # type: ignore[misc]
             facts = self.execute(run, plan, **inputs)
             run.to(State.REFLECTING, "tools are done")
             found = self.reflect(run, plan, facts, **inputs)
-            return self.result.model_validate(found.model_dump() if isinstance(found, BaseModel) else found)
+            data = found.model_dump(warnings=False) if isinstance(found, BaseModel) else found
+            return self.result.model_validate(data, by_alias=True, by_name=True)
 
     @classmethod
     def input_names(cls) -> tuple[tuple[str, ...], frozenset[str]]:
@@ -65,7 +68,8 @@ class Agent(dspy.Module):  # type: ignore[misc]
                 raise SourceError(f"agent class {type(self).__name__} does not write the phase `{phase}`")
 
 
-def parameters_of(function: Any, skip: int = 0) -> tuple[tuple[str, ...], frozenset[str]]:
+@lru_cache(maxsize=512)
+def parameters_of(function: Callable[..., Any], skip: int = 0) -> tuple[tuple[str, ...], frozenset[str]]:
     """Names a function takes by keyword, and those it cannot do without; ((), ()) if it takes anything."""
     parameters = list(inspect.signature(function).parameters.values())[skip:]
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

@@ -6,13 +6,13 @@ locked and readers disturb no writer. A last line torn by a kill is passed over 
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import threading
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import orjson
 
 from agentkit.errors import AgentkitError, UsageError
 from agentkit.records import RunRecord
@@ -67,9 +67,10 @@ class RunLog:
         line = record.to_json() + b"\n"
         with self._lock:
             try:
-                if os.write(fd := self._descriptor(), line) != len(line):
-                    os.write(fd, b"\n")  # a full disk cut the line; end it so that it stays the only one lost
-                    raise OSError(28, "No space left on device")
+                written = os.write(fd := self._descriptor(), line)
+                if written != len(line):
+                    os.ftruncate(fd, os.fstat(fd).st_size - written)  # else the next line would be torn with this one
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as e:
                 raise AgentkitError(
                     f"run {record.run_id} could not be written to the run log in {self.folder}: {e.strerror}; "
@@ -99,7 +100,7 @@ class RunLog:
         connection = duckdb.connect()
         if any(self.folder.glob("*.jsonl")):
             columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _COLUMNS.items())
-            pattern = str(self.folder / "*.jsonl").replace("'", "''")
+            pattern = os.path.join(glob.escape(str(self.folder)), "*.jsonl").replace("'", "''")
             source = (
                 f"SELECT * FROM read_json('{pattern}', format='newline_delimited', ignore_errors=true, "
                 f"maximum_object_size=67108864, columns={{{columns}}}) WHERE run_id IS NOT NULL"
@@ -124,9 +125,13 @@ class RunLog:
 
         with self._connection() as connection:
             try:
-                return connection.execute(query, parameters or []).pl()
+                answer = connection.sql(query, params=parameters)
+                if answer is None:
+                    raise UsageError("the query is empty; ask e.g. SELECT route, count(*) FROM runs GROUP BY route")
+                frame: pl.DataFrame = answer.pl()
             except duckdb.Error as e:
                 raise UsageError(f"the run log cannot answer this query: {e}") from e
+        return frame
 
     def runs(self, limit: int | None = None) -> pl.DataFrame:
         """Runs, newest first, without their steps."""
@@ -138,10 +143,13 @@ class RunLog:
         return self.sql("SELECT * FROM steps WHERE run_id = ? ORDER BY step", [run_id])
 
 
-_logs: dict[Path, RunLog] = {}
+_logs: dict[tuple[str | None, str], RunLog] = {}  # by what decides where the home is
 
 
 def write(record: RunRecord) -> None:
     """The sink agentkit calls for every finished run (entry point `agentkit.sinks`)."""
-    folder = home() / "runs"
-    _logs.setdefault(folder, RunLog(folder)).append(record)
+    place = os.environ.get("AGENTKIT_HOME"), os.getcwd()
+    log = _logs.get(place)
+    if log is None:
+        log = _logs.setdefault(place, RunLog())
+    log.append(record)
