@@ -6,6 +6,7 @@ AgentkitError
 │   ├── ModelError        no usable language model: missing key, unknown name, unreachable server
 │   └── SourceError       a notebook or module cannot be turned into a release
 ├── ReleaseError          a stored release is missing, altered or not the one asked for
+│   └── UnknownReference  nothing is registered under the reference (a UsageError, too)
 ├── IllegalTransition     a run tried to go where the transition table does not lead
 └── Refusal               a rule stopped the run; never handed to the model as text
     ├── PermissionDenied  the tool is not in the agent's inventory
@@ -44,6 +45,10 @@ class SourceError(UsageError):
 
 class ReleaseError(AgentkitError):
     """A stored release is missing, altered, or not the one that was asked for."""
+
+
+class UnknownReference(ReleaseError, UsageError):
+    """Nothing is registered under the reference."""
 
 
 class IllegalTransition(AgentkitError):

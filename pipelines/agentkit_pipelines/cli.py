@@ -42,24 +42,13 @@ MaxUsd = Annotated[float | None, typer.Option(min=0, help="stop hard before more
 def main() -> None:
     """Entry point: an error made on purpose is one line on stderr and an exit code."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except AgentkitError as e:
         _fail(str(e))
-        code = WRONG_USE if isinstance(e, UsageError) else CRASH
-    except typer.Exit as e:
-        code = e.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(WRONG_USE if isinstance(e, UsageError) else CRASH)
+    except KeyboardInterrupt:
         _fail("stopped")
-        code = 130
-    except Exception as e:
-        import click
-
-        if not isinstance(e, click.ClickException):
-            raise
-        e.show()
-        code = WRONG_USE
-    sys.stdout.flush()
-    sys.exit(code or 0)
+        sys.exit(130)
 
 
 def _fail(message: str) -> None:
