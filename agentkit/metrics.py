@@ -12,7 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 Metric = Callable[[Any, Any], bool | float | str]
-_PLACEHOLDER = re.compile(r"\{\w*\}|\[(?:name|your name|customer|order|date|amount|link|insert[^\]]*)\]|<\w+>|\bTODO\b|\bXXX+\b", re.I)
+_PLACEHOLDER = re.compile(
+    r"\{\s*[\w.]*\s*\}|\[(?:name|your name|customer|order|date|amount|link|insert[^\]]*)\]|<\w+>|\bTODO\b|\bXXX+\b",
+    re.I,
+)
 
 
 def _named(name: str, metric: Metric) -> Metric:
@@ -38,7 +41,8 @@ def overlap(field: str, *, name: str | None = None) -> Metric:
 def cites(expected: str, cited: str, *, name: str | None = None) -> Metric:
     """True when the expected article id (field of the example) is among those cited, or none is expected."""
     return _named(
-        name or f"{expected}_cited", lambda example, prediction: not example[expected] or example[expected] in getattr(prediction, cited)
+        name or f"{expected}_cited",
+        lambda example, prediction: not example[expected] or example[expected] in getattr(prediction, cited),
     )
 
 
@@ -70,5 +74,6 @@ def cost_under(usd: float, *, name: str | None = None) -> Metric:
 def latency_under(seconds: float, *, name: str | None = None) -> Metric:
     """True when the run took less than `seconds`, waiting for people not counted."""
     return _named(
-        name or "latency_ok", lambda example, prediction: bool(prediction.record.seconds - prediction.record.waited_s < seconds)
+        name or "latency_ok",
+        lambda example, prediction: bool(prediction.record.seconds - prediction.record.waited_s < seconds),
     )

@@ -70,7 +70,7 @@ class RunRecord:
             return orjson.dumps(self._stored(), default=str)
         except orjson.JSONEncodeError:
             # A lone surrogate or an integer past 64 bits must not lose the audit record.
-            return orjson.dumps(_encodable(asdict(self) | {"result": None}), default=str)
+            return orjson.dumps(_encodable(self._stored()), default=str)
 
     def _stored(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__ if name != "result"}
@@ -85,4 +85,6 @@ def _encodable(value: Any) -> Any:
         return {_encodable(str(k)): _encodable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_encodable(v) for v in value]
+    if isinstance(value, Step):
+        return _encodable(asdict(value))
     return value

@@ -27,7 +27,7 @@ DSPY_SETTING = "agentkit_run"  # DSPy hands its settings, but no context variabl
 def current_run() -> Run | None:
     """The run this code is part of, or None.
 
-    Threads that DSPy starts (`dspy.Parallel`) belong to their caller's run; to others give `contextvars.copy_context()`.
+    Threads that DSPy starts (`dspy.Parallel`) belong to their caller's run; others need `contextvars.copy_context()`.
     """
     run = _current.get()
     if run is None and (dspy := sys.modules.get("dspy")):

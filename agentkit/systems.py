@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,12 +85,12 @@ class System(dspy.Module):  # type: ignore[misc]
         self.release: str | None = None  # content hash, set by the loader
         self._lm: tuple[Any, MeteredLM] | None = None
         self._check_routing(len(agents))
+        if taken := sorted({"kind", "ledger"} & {*self.input_names()[0]}):
+            raise SourceError(f"system {name!r}: rename the input {taken[0]!r}; `run` has an option of that name")
 
     def _check_routing(self, count: int) -> None:
         if len(self.agents) != count:
             raise SourceError(f"system {self.name!r}: two agents share a name")
-        if taken := {"kind", "ledger"} & set(self.input_names()[0]):
-            raise SourceError(f"system {self.name!r}: call the input {taken.pop()!r} otherwise; `run` has an option of that name")
         if self.router is None:
             if count != 1:
                 raise SourceError(f"system {self.name!r} has {count} agents but no router")
@@ -113,6 +114,13 @@ class System(dspy.Module):  # type: ignore[misc]
         if self._lm is None or self._lm[0] != key:
             self._lm = (key, build_lm(self.model, weights=self.weights))
         return self._lm[1]
+
+    def models(self) -> tuple[Any, ...]:
+        """Every model a run may call: those pinned to predictors, and the system's own where one is not pinned."""
+        predictors = [p for _, p in self.named_predictors()]
+        pinned = {id(p.lm): p.lm for p in predictors if p.lm is not None}
+        own = () if predictors and all(p.lm is not None for p in predictors) else (self.lm,)
+        return (*own, *pinned.values())
 
     def use(self, weights: Weights | None) -> System:
         """Attach fitted weights of the embedded model; they become part of the release."""
@@ -235,18 +243,23 @@ class Adopted(System):
 
     def __init__(self, program: Callable[..., Any], **options: Any) -> None:
         name = options.pop("name", None) or getattr(program, "__name__", None) or type(program).__name__
-        super().__init__(re.sub(r"\W", "_", str(name)), (), **options)
         self.program = program
+        super().__init__(re.sub(r"\W", "_", str(name)), (), **options)
         for _, predictor in self.named_predictors():
             predictor.lm = metered(predictor.lm)
 
     def input_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """Read from the program's own parameters; a lone predictor's from its signature."""
-        if isinstance(self.program, dspy.Predict):
-            fields = tuple(self.program.signature.input_fields)
+        lone = self.program.predict if isinstance(self.program, dspy.ChainOfThought) else self.program
+        if isinstance(lone, dspy.Predict):
+            fields = tuple(lone.signature.input_fields)
             return fields, frozenset(fields)
-        names, required = parameters_of(getattr(self.program, "forward", self.program))
-        return names, required
+        if isinstance(self.program, dspy.Module):
+            return parameters_of(type(self.program).forward, skip=1)
+        return parameters_of(self.program)
+
+    def _check_routing(self, count: int) -> None:
+        pass  # a program routes for itself
 
     def work(self, run: Run, inputs: dict[str, Any]) -> Any:
         """Call the program; what it returns is the result, None is not one."""
@@ -278,4 +291,8 @@ def adopt(program: Callable[..., Any], **options: Any) -> System:
         return System(options.pop("name", program.name), [program], **options)
     if not callable(program):
         raise SourceError(f"cannot adopt {program!r}: it is neither a dspy.Module nor callable")
+    called = getattr(type(program), "forward", None) if isinstance(program, dspy.Module) else program
+    if called is None or inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(type(program).__call__):
+        name = getattr(program, "__qualname__", type(program).__qualname__)
+        raise SourceError(f"cannot adopt {name}: it is asynchronous only; give it a plain `forward` or function")
     return Adopted(program, **options)

@@ -6,9 +6,9 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_type_hints, overload
+from typing import Any, Generic, Literal, ParamSpec, TypeVar, get_args, get_type_hints, overload
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from agentkit.errors import UsageError
 
@@ -36,6 +36,8 @@ class Tool(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R], permission: Permission, human_at: Mapping[str, float]) -> None:
         self.function = function
+        if permission not in get_args(Permission):
+            raise UsageError(f"tool {function.__name__!r}: permission {permission!r} is none of {get_args(Permission)}")
         self.name = function.__name__
         self.description = inspect.cleandoc(function.__doc__ or "")
         self.permission: Permission = permission
@@ -46,6 +48,9 @@ class Tool(Generic[P, R]):
             raise UsageError(f"tool {self.name!r} has no docstring; the model and the reviewer read it")
         if unknown := self.human_at.keys() - self._arguments.model_fields.keys():
             raise UsageError(f"tool {self.name!r}: human_at names {sorted(unknown)!r}, which are no parameters of it")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tool[P, R]:
+        return self  # an inventory knows its tools by identity, also after an optimiser has copied the agent
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         from agentkit.runs import current_run
@@ -74,9 +79,11 @@ class Tool(Generic[P, R]):
     def human_needed(self, arguments: Mapping[str, Any]) -> str | None:
         """Why a person must decide about this call, or None."""
         for name, limit in self.human_at.items():
-            # `not <` rather than `>=`: NaN must reach a person, not slip past the limit.
-            if not arguments[name] < limit:
-                return f"{name} is {arguments[name]:.2f}, and from {limit:.2f} on a person decides"
+            value = arguments[name]
+            # `not <` rather than `>=`: NaN must reach a person, not slip past the limit; so must no amount at all.
+            if value is None or not value < limit:
+                found = value if value is None else f"{value:.2f}"
+                return f"{name} is {found}, and from {limit:.2f} on a person decides"
         return None
 
     def spec(self) -> dict[str, Any]:
@@ -91,11 +98,15 @@ class Tool(Generic[P, R]):
 
 
 def _arguments_model(function: Callable[..., Any]) -> Any:
+    if inspect.iscoroutinefunction(function):
+        raise UsageError(f"tool {function.__name__!r} is asynchronous; make it a plain function")
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise UsageError(f"tool {function.__name__!r} takes *args or **kwargs; name its parameters")
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise UsageError(f"tool {function.__name__!r}: {parameter} cannot be given by name; name its parameters")
+        if name.startswith("_") or hasattr(BaseModel, name):
+            raise UsageError(f"tool {function.__name__!r}: rename the parameter {name!r}; pydantic keeps it for itself")
         if name not in hints:
             raise UsageError(f"tool {function.__name__!r}: parameter {name!r} has no type")
         default = ... if parameter.default is parameter.empty else parameter.default
@@ -123,7 +134,8 @@ def tool(
         human_at: for numeric parameters, the value from which on (inclusive) a person must approve the call.
 
     Raises:
-        UsageError: no docstring, an untyped parameter, or `human_at` naming no parameter.
+        UsageError: no docstring, a parameter without type or one that cannot be given by name, an unknown permission,
+            an asynchronous function, or `human_at` naming no parameter.
     """
 
     def wrap(f: Callable[P, R]) -> Tool[P, R]:

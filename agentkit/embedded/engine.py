@@ -35,7 +35,7 @@ class EmbeddedEngine:
     `Literal` and `bool` fields are classified, from the prompt and, where it has been fitted to the same fields
     and labels, from weights; a float field with `confidence` in its name is the probability of the first
     classified field (calibrated on held-out folds when fitted); text and list fields are sentences taken from
-    the inputs; other numbers are the first number of the inputs, 0 if there is none.
+    the inputs; other numbers are the first number of the inputs (an int without its decimals), 0 if there is none.
     """
 
     def __init__(self, weights: Weights | None = None) -> None:
@@ -82,9 +82,10 @@ class EmbeddedEngine:
                 p = self.probabilities(task, field, [(t, a.get(field.name, "")) for t, a in examples], [text])[0]
                 answers[field.name] = field.names[int(p.argmax())]
                 confidence = float(p.max()) if confidence is None else confidence
-            elif field.kind == "number":
+            elif field.kind in ("number", "integer"):
                 found = _NUMBER.search(text)
-                answers[field.name] = found[0] if found else "0"
+                number = found[0] if found else "0"
+                answers[field.name] = number if field.kind == "number" else number.partition(".")[0]
             elif field.kind in ("text", "list"):
                 answers[field.name] = self._extract(task, field, values)
         for field in task.outputs:
@@ -92,9 +93,7 @@ class EmbeddedEngine:
                 answers[field.name] = f"{0.0 if confidence is None else confidence:.4f}"
         return {field.name: answers[field.name] for field in task.outputs}
 
-    def probabilities(
-        self, task: Task, field: Field, demos: Sequence[tuple[str, str]], texts: Sequence[str]
-    ) -> Floats:
+    def probabilities(self, task: Task, field: Field, demos: Sequence[tuple[str, str]], texts: Sequence[str]) -> Floats:
         """Shape (texts, labels), for a classified field; `demos` are (joined inputs, label) pairs."""
         evidence = prompt_evidence(field, tuple(demos)).scores(texts)
         head = self.weights.heads.get((task.inputs, field.name, field.names)) if self.weights else None
@@ -102,7 +101,7 @@ class EmbeddedEngine:
             z = np.exp(_UNFITTED_TRUST * evidence)
             return np.asarray(z / z.sum(axis=1, keepdims=True))
         features = self.weights.vocabularies[task.inputs].transform(texts)
-        margins = np.asarray(features @ head.coef.T.astype(np.float64)) + head.intercept
+        margins = np.asarray(features @ head.coef.T.astype(np.float64)) + head.intercept.astype(np.float64)
         return head.probabilities(margins, evidence)
 
     def _extract(self, task: Task, field: Field, values: dict[str, str]) -> str:

@@ -40,7 +40,7 @@ def fit(program: dspy.Module, rows: Iterable[Row]) -> Weights:
         Modern Neural Networks", section 4.2), with the prompt's evidence as a second stacked term.
 
     Raises:
-        UsageError: no predictor has a field that the rows could teach.
+        UsageError: no predictor has a field that the rows could teach (two labels, one of them twice).
     """
     rows = list(rows)
     vocabularies: dict[tuple[str, ...], Vocabulary] = {}
@@ -51,7 +51,8 @@ def fit(program: dspy.Module, rows: Iterable[Row]) -> Weights:
         for field in task.outputs:
             key = (task.inputs, field.name, field.names)
             taught = [r for r in known if str(r.get(field.name)) in field.names]
-            if field.kind != "label" or key in heads or len({str(r[field.name]) for r in taught}) < 2:
+            counts = Counter(str(r[field.name]) for r in taught)
+            if field.kind != "label" or key in heads or len(counts) < 2 or max(counts.values()) < 2:
                 continue
             if task.inputs not in vocabularies:
                 vocabularies[task.inputs] = _vocabulary([joined(task, r) for r in known])
@@ -61,13 +62,13 @@ def fit(program: dspy.Module, rows: Iterable[Row]) -> Weights:
             evidence = prompt_evidence(field, pairs).scores(texts, leave_out=True)
             heads[key] = _head(key, field, vocabularies[task.inputs].transform(texts), labels, evidence)
     if not heads:
-        raise UsageError("nothing to fit: no predictor has a Literal or bool output that the examples answer")
+        raise UsageError("nothing to fit: no predictor has a Literal or bool output that the examples answer twice")
     return Weights(vocabularies, list(heads.values()))
 
 
 def _prompt_of(predictor: Any) -> tuple[Task, list[tuple[dict[str, str], dict[str, str]]]]:
     signature = predictor.signature
-    blank = {name: "" for name in signature.input_fields}
+    blank = dict.fromkeys(signature.input_fields, "")
     messages = dspy.ChatAdapter().format(signature, predictor.demos, blank)
     task = parse_system(messages[0]["content"])
     outputs = [f.name for f in task.outputs]
@@ -79,7 +80,10 @@ def _prompt_of(predictor: Any) -> tuple[Task, list[tuple[dict[str, str], dict[st
 
 
 def _vocabulary(texts: Sequence[str]) -> Vocabulary:
-    fitted = [v.fit(texts) for v in vectorizers()]
+    try:
+        fitted = [v.fit(texts) for v in vectorizers()]
+    except ValueError as e:
+        raise UsageError(f"nothing to fit: the inputs of {len(texts)} examples hold no word") from e
     terms = [{t: k for k, t in enumerate(sorted(v.vocabulary_))} for v in fitted]
     idfs = [
         np.array([v.idf_[v.vocabulary_[t]] for t in words], dtype=np.float32)
@@ -125,12 +129,18 @@ def _held_out_margins(features: csr_matrix, labels: NDArray[np.int64], k: int) -
 
 
 def _calibrate(margins: Floats, evidence: Floats, labels: NDArray[np.int64]) -> tuple[float, float]:
-    """Trust in margins and in the prompt that give the smallest held-out log loss."""
+    """Trust in margins and in the prompt that give the smallest held-out log loss.
+
+    One count is spread over the labels (as in Platt 1999): a few examples without an error do not make it certain.
+    """
+    n, k = margins.shape
+    target = np.full((n, k), 1 / (n + 1) / k)
+    target[np.arange(n), labels] += n / (n + 1)
 
     def loss(x: Floats) -> float:
         z = np.exp(x[0]) * margins + x[1] * evidence
         z -= z.max(axis=1, keepdims=True)
-        return float(np.mean(np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(labels)), labels]))
+        return float(np.mean(np.log(np.exp(z).sum(axis=1)) - (target * z).sum(axis=1)))
 
     best = minimize(loss, x0=np.array([1.0, 0.0]), bounds=[(-3, 5), (0, 20)], method="L-BFGS-B")
     return float(np.exp(best.x[0])), float(best.x[1])

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-Kind = Literal["label", "confidence", "number", "list", "text"]
+Kind = Literal["label", "confidence", "number", "integer", "list", "text"]
 _FIELD = re.compile(r"^\d+\. `(\w+)` \((.*)\): ?(.*)$")
 _ONE_OF = re.compile(r"^\{(\w+)\}\s+# note: .*? one of: (.*)$", re.M)
 _TAIL = "\n\nRespond with the corresponding output fields"
+_HEADER = re.compile(r"\[\[ ## (\w+) ## \]\]")
 _OBJECTIVE = "In adhering to this structure, your objective is:"
 
 
@@ -50,10 +51,10 @@ def parse_system(text: str) -> Task:
         PromptError: no ChatAdapter prompt, or a field of a type the engine cannot answer.
     """
     head, found, rest = text.partition("All interactions will be structured in the following way")
-    if not found or "Your output fields are:" not in head:
+    structure, _, instructions = rest.partition(_OBJECTIVE)
+    if not found or "Your output fields are:" not in head or "[[ ## completed ## ]]" not in structure:
         raise PromptError("the embedded model reads only prompts written by dspy.ChatAdapter (DSPy's default)")
     above, _, below = head.partition("Your output fields are:")
-    instructions = rest.partition(_OBJECTIVE)[2]
     noted = {name: tuple(labels.split("; ")) for name, labels in _ONE_OF.findall(rest)}
     inputs = tuple(m[1] for line in above.splitlines() if (m := _FIELD.match(line)))
     outputs = tuple(
@@ -73,8 +74,10 @@ def _field(name: str, type_name: str, description: str, noted: tuple[str, ...] |
         names = noted or ()
     if names:
         return Field(name, "label", tuple((n, _describe(n, description, instructions)) for n in names))
-    if type_name in ("float", "int"):
+    if type_name == "float":
         return Field(name, "confidence" if "confidence" in name or "probability" in name else "number")
+    if type_name == "int":
+        return Field(name, "integer")
     if type_name == "list[str]":
         return Field(name, "list")
     if type_name in ("str", "Reasoning"):
@@ -116,6 +119,7 @@ def parse_answer(text: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def write_answer(values: dict[str, str]) -> str:
-    """An assistant message as ChatAdapter reads it."""
-    body = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in values.items())
+    """An assistant message as ChatAdapter reads it; no value can pass itself off as another field."""
+    quoted = {name: _HEADER.sub(r"[\1]", value) for name, value in values.items()}
+    body = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in quoted.items())
     return f"{body}\n\n[[ ## completed ## ]]"

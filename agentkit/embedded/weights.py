@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix, hstack
 from agentkit.embedded.features import Floats, vectorizers
 from agentkit.errors import ReleaseError
 
+_FORMAT = 1
 HeadKey = tuple[tuple[str, ...], str, tuple[str, ...]]  # input fields, output field, labels
 
 
@@ -67,7 +68,7 @@ class Weights:
     def to_bytes(self) -> bytes:
         """The weights file; equal weights give equal bytes."""
         tensors: dict[str, Any] = {}
-        meta: dict[str, Any] = {"format": 1, "vocabularies": [], "heads": []}
+        meta: dict[str, Any] = {"format": _FORMAT, "vocabularies": [], "heads": []}
         for i, (inputs, vocabulary) in enumerate(self.vocabularies.items()):
             meta["vocabularies"].append({"inputs": inputs, "terms": [list(v) for v in vocabulary.vocabularies]})
             for j, idf in enumerate(vocabulary.idfs):
@@ -92,6 +93,8 @@ class Weights:
         try:
             with safe_open(path, framework="numpy") as f:
                 meta = json.loads((f.metadata() or {})["agentkit"])
+                if meta["format"] != _FORMAT:
+                    raise ValueError(f"format {meta['format']!r}, this version reads {_FORMAT}")
                 vocabularies = {}
                 for i, v in enumerate(meta["vocabularies"]):
                     terms = [{t: k for k, t in enumerate(words)} for words in v["terms"]]
@@ -107,6 +110,6 @@ class Weights:
                     )
                     for i, h in enumerate(meta["heads"])
                 ]
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as e:
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError) as e:
             raise ReleaseError(f"{path} is no readable weights file of the embedded model: {e}") from e
         return cls(vocabularies, heads)

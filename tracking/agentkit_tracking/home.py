@@ -69,13 +69,18 @@ def _connect(uri: str, folder: str) -> MlflowClient:
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic.runtime.migration"):
+    for name in (
+        "mlflow.store.db.utils",
+        "mlflow.store.model_registry.abstract_store",
+        "alembic.runtime.migration",
+        "mlflow.tracing.export.async_export_queue",  # "may take a while", at every exit
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     client = mlflow.MlflowClient(uri)
     try:
         client.search_experiments(max_results=1)
     except MlflowException as e:
-        reason = str(e).splitlines()[0][:200]
+        reason = str(e).splitlines()[0].rpartition("Caused by ")[2][:200]
         raise UsageError(
             f"MLflow at {uri} does not answer ({reason}); start it (`agentkit ui`), or unset MLFLOW_TRACKING_URI "
             "to use the local store"

@@ -9,27 +9,38 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentkit.errors import ReleaseError, SourceError, UsageError
+from agentkit.errors import ReleaseError, SourceError, UnknownReference, UsageError
+from agentkit.models import EMBEDDED, Settings, build_lm, load_settings
 from agentkit.records import RunRecord
-from agentkit.systems import System, adopt
+from agentkit.systems import System, adopt, short_name
 from agentkit_tracking import manifest as manifests
 from agentkit_tracking.home import connect, experiment_id, home
+from agentkit_tracking.live import differences
 from agentkit_tracking.manifest import Manifest, read_release
-from agentkit_tracking.source import Entry, differences, load_entry, parse_entry, prepared
+from agentkit_tracking.source import Entry, adopt_from, load_entry, parse_entry, prepared
 
 PRODUCTION, CANDIDATE = "production", "candidate"
 TAG = "agentkit."
 RELOAD_S = 10.0  # how soon a following process notices that the alias has moved
+_PROMPT_LIMIT = 100_000  # characters; mlflow takes no longer prompt
+DESCRIPTION_LIMIT = 5000  # characters; mlflow's column, which SQLite alone does not enforce
+_log = logging.getLogger(__name__)
+_HOW_TO_PROMOTE = (
+    "Releases of the agent system `{0}`. To ask for a promotion, give a version the alias `candidate`; the next "
+    "`agentkit promote --candidates` evaluates it and sets `production` if the thresholds are cleared."
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ def register(system: System | Any, source: str | Path | None = None) -> Version:
     Raises:
         SourceError: the live objects differ from the source on disk; the message shows how.
     """
-    system = adopt(system)
-    entry = parse_entry(source if source is not None else _source_file(system))
+    entry = parse_entry(source if source is not None else _source_file(adopt(system)))
+    system = adopt_from(system, entry)
     if found := differences(system, entry):
         raise SourceError(
             f"the live {system.name} is not what {entry.relative} on disk defines; save the notebook or run its cells "
@@ -96,7 +107,9 @@ def _source_file(system: System) -> str:
             continue
         if file and Path(file).is_file():
             return file
-    raise SourceError("these objects come from no file; pass source='notebooks/….py' (what is not saved is not registered)")
+    raise SourceError(
+        "these objects come from no file; pass source='notebooks/….py' (what is not saved is not registered)"
+    )
 
 
 def store(system: System, entry: Entry) -> Version:
@@ -112,6 +125,7 @@ def store(system: System, entry: Entry) -> Version:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "release"
         manifests.write_release(folder, manifest, files, weights)
+        read_release(folder, release_id)  # a file may have been saved anew meanwhile
         model = client.create_logged_model(
             experiment_id(system.name),
             name=system.name,
@@ -138,7 +152,7 @@ def _create_model(name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        connect().create_registered_model(name, tags={f"{TAG}system": "true"})
+        connect().create_registered_model(name, tags={f"{TAG}system": "true"}, description=_HOW_TO_PROMOTE.format(name))
     except MlflowException as e:
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -159,7 +173,10 @@ def _metadata(root: Path) -> dict[str, str]:
     commit = git("rev-parse", "HEAD")
     if commit and git("status", "--porcelain"):
         commit += "+changes"
-    return {f"{TAG}git_commit": commit or "none", f"{TAG}author": os.environ.get("AGENTKIT_AUTHOR") or git("config", "user.name") or user}
+    return {
+        f"{TAG}git_commit": commit or "none",
+        f"{TAG}author": os.environ.get("AGENTKIT_AUTHOR") or git("config", "user.name") or user,
+    }
 
 
 def _store_prompts(manifest: Manifest) -> dict[str, dict[str, Any]]:
@@ -187,18 +204,21 @@ def prompt_text(state: dict[str, Any]) -> str:
     lines += [f"- {f['prefix']} {f['description']}" for f in state["signature"]["fields"]]
     for i, demo in enumerate(state["demos"], 1):
         lines += ["", f"Demonstration {i}:", *(f"- {k}: {v}" for k, v in demo.items() if k != "augmented")]
-    return "\n".join(lines).replace("{{", "{ {")  # double braces would be a template variable
+    text = "\n".join(lines).replace("{{", "{ {")  # double braces would be a template variable
+    cut = "\n… (cut; the release's manifest has it whole)"
+    return text if len(text) <= _PROMPT_LIMIT else text[: _PROMPT_LIMIT - len(cut)] + cut
 
 
 def describe(manifest: Manifest, prompts: dict[str, dict[str, Any]]) -> str:
     """The version's description in the MLflow UI (which renders headings and lists, no tables)."""
     agents = "\n".join(f"- {n}: {', '.join(a['tools']) or 'no tools'}" for n, a in manifest.spec["agents"].items())
     listed = "\n".join(f"- {p['name']} version {p['version']}" for p in prompts.values())
-    return (
+    text = (
         f"### Release {manifest.release_id[:12]}\n\n- source: {manifest.entry}\n- model: {manifest.model}\n"
-        f"- weights: {(manifest.weights or 'none')[:12]}\n\n#### Agents and their tools\n\n{agents or '- adopted program'}"
-        f"\n\n#### Prompts\n\n{listed or '- none'}\n"
+        f"- weights: {(manifest.weights or 'none')[:12]}\n\n#### Agents and their tools\n\n"
+        f"{agents or '- adopted program'}\n\n#### Prompts\n\n{listed or '- none'}\n"
     )
+    return text[:DESCRIPTION_LIMIT]
 
 
 # ---- find
@@ -211,7 +231,9 @@ def versions(name: str) -> list[Version]:
     client = connect()
     try:
         model = client.get_registered_model(name)
-    except MlflowException:
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":  # a store that is down is not an empty one
+            raise
         return []
     aliases: dict[int, list[str]] = {}
     for alias, number in model.aliases.items():
@@ -257,28 +279,31 @@ def resolve(reference: str) -> Version:
     """`name@alias`, `name/3`, `name` (its newest version) or the first 8 or more characters of a release id.
 
     Raises:
-        ReleaseError: nothing is registered under it; says what there is.
+        UnknownReference: nothing is registered under it; says what there is.
     """
     if re.fullmatch(r"[0-9a-f]{8,64}", reference):
-        found = [v for name in systems() for v in versions(name) if v.release_id.startswith(reference)]
+        every = (v for name in systems() for v in versions(name) if v.release_id.startswith(reference))
+        found = {v.release_id: v for v in every}  # two processes at once may have made two versions of one release
         if len(found) != 1:
-            raise ReleaseError(f"{len(found)} registered releases begin with {reference!r}; see `agentkit list`")
-        return found[0]
+            raise UnknownReference(f"{len(found)} registered releases begin with {reference!r}; see `agentkit list`")
+        return next(iter(found.values()))
     shape = re.fullmatch(r"(\w+)(?:@([\w.-]+)|/(\d+))?", reference)
     if shape is None:
-        raise ReleaseError(f"{reference!r} is no reference; use name@production, name/3, or a release id")
+        raise UnknownReference(f"{reference!r} is no reference; use name@production, name/3, or a release id")
     name, alias, number = shape.groups()
     known = versions(name)
     if not known:
         have = ", ".join(systems()) or "none yet"
-        raise ReleaseError(f"no system {name!r} is registered (there are: {have}); register one with `agentkit register`")
+        raise UnknownReference(
+            f"no system {name!r} is registered (there are: {have}); register one with `agentkit register`"
+        )
     if number is None and alias is None:
         return known[-1]
     for v in known:
         if v.number == int(number or -1) or alias in v.aliases:
             return v
     what = f"version {number}" if number else f"alias {alias!r}"
-    raise ReleaseError(f"{name} has no {what}; its versions are {', '.join(str(v.number) for v in known)}")
+    raise UnknownReference(f"{name} has no {what}; its versions are {', '.join(str(v.number) for v in known)}")
 
 
 # ---- load
@@ -290,40 +315,63 @@ def fetch(reference: str | Path) -> tuple[Path, Manifest]:
     Raises:
         ReleaseError: not found, or not intact.
     """
-    if isinstance(reference, Path) or os.sep in str(reference) and (Path(reference) / manifests.MANIFEST).is_file():
+    if isinstance(reference, Path) or (os.sep in reference and (Path(reference) / manifests.MANIFEST).is_file()):
         folder = Path(reference)
-        return folder, read_release(folder)
-    return fetch_version(resolve(str(reference)))
+        return folder, read_release(folder, folder.name if _is_release_id(folder.name) else None)
+    return fetch_version(resolve(reference))
 
 
 def fetch_version(version: Version) -> tuple[Path, Manifest]:
     """`fetch` for a version that is already resolved."""
-    if not re.fullmatch(r"[0-9a-f]{64}", version.release_id):
-        raise ReleaseError(f"{version} carries no release id; it was not registered by agentkit")
     folder = home() / "releases" / version.release_id
     if not folder.exists():
-        _download(version, folder)
-    manifest = read_release(folder, version.release_id)
+        with _downloaded(version) as got:
+            try:
+                os.replace(got, folder)  # whole or not at all
+            except OSError:
+                if not folder.exists():  # unless another process was faster
+                    raise
+    return folder, _checked(version, folder)
+
+
+def check_stored(version: Version) -> None:
+    """Check the release as the store holds it, which others will fetch; one fetched earlier proves nothing of it.
+
+    Raises:
+        ReleaseError: it cannot be fetched, or is not intact.
+    """
+    with _downloaded(version):
+        pass
+
+
+def _is_release_id(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
+def _checked(version: Version, folder: Path, called: str | None = None) -> Manifest:
+    if not _is_release_id(version.release_id):
+        raise ReleaseError(f"{version} carries no release id; it was not registered by agentkit")
+    manifest = read_release(folder, version.release_id, called=called)
     if manifest.system != version.name:
         raise ReleaseError(f"{version} holds a release of {manifest.system!r}")
-    return folder, manifest
+    return manifest
 
 
-def _download(version: Version, folder: Path) -> None:
+@contextmanager
+def _downloaded(version: Version) -> Iterator[Path]:
+    """The store's copy of a release, checked, in a scratch folder beside the fetched ones."""
+    connect()
     import mlflow
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="fetch-", dir=folder.parent))
-    try:
-        got = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}", dst_path=str(scratch))
-        os.replace(got, folder)  # whole or not at all
-    except OSError as e:
-        if not folder.exists():  # unless another process was faster
+    releases = home() / "releases"
+    releases.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=releases, ignore_cleanup_errors=True) as scratch:
+        try:
+            got = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}", dst_path=scratch)
+        except Exception as e:
             raise ReleaseError(f"the artifacts of {version} cannot be fetched: {e}") from e
-    except Exception as e:
-        raise ReleaseError(f"the artifacts of {version} cannot be fetched: {e}") from e
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _checked(version, Path(got), f"the store's copy of {version}")
+        yield Path(got)
 
 
 def load(reference: str | Path) -> System:
@@ -342,23 +390,46 @@ def load_folder(folder: Path, manifest: Manifest) -> System:
     root = (folder / manifests.SOURCE).resolve()
     file, _, name = manifest.entry.rpartition(":")
     system = load_entry(Entry(root / file, name, root))
+    _check_promises(system, manifest)
     for path, predictor in system.named_predictors():
-        short = next(s for s, p in _shorts(system).items() if p == path)
-        if short not in manifest.prompts:
-            raise ReleaseError(f"release {manifest.release_id[:12]}: its source has a predictor {short!r} that its manifest lacks")
-        predictor.load_state({**manifest.prompts[short], "traces": [], "train": [], "lm": None})
+        pinned = predictor.lm  # by the source; no part of the state
+        predictor.load_state({**manifest.prompts[short_name(path)], "traces": [], "train": [], "lm": None})
+        predictor.lm = pinned
     if manifest.weights is not None:
         from agentkit.embedded import Weights
 
         system.use(Weights.from_file(str(folder / manifests.WEIGHTS)))
     system.name, system.model, system.release = manifest.system, manifest.model, manifest.release_id
+    if manifest.model != EMBEDDED:
+        system._lm = ((system.model, id(system.weights)), build_lm(manifest.model, settings=_settings(manifest)))
     return system
 
 
-def _shorts(system: System) -> dict[str, str]:
-    from agentkit.systems import short_name
+def _check_promises(system: System, manifest: Manifest) -> None:
+    """What was judged is what runs, also where the source looks at the environment: a limit, a permission, a budget."""
+    built = {"prompts": sorted(short_name(path) for path, _ in system.named_predictors()), **_binding(system.spec())}
+    said = {"prompts": sorted(manifest.prompts), **_binding(manifest.spec)}
+    found = [f"{path} is {b!r}, should be {a!r}" for path, a, b in manifests.differing(said, built) if path != "name"]
+    if found:
+        raise ReleaseError(
+            f"release {manifest.release_id[:12]} of {manifest.system}: its source builds something else than its "
+            f"manifest says: {'; '.join(found)}"
+        )
 
-    return {short_name(path): path for path, _ in system.named_predictors()}
+
+def _binding(spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec without JSON Schemas, whose wording may change with pydantic; the source that makes them is hashed."""
+    plain: dict[str, Any] = json.loads(json.dumps(spec))
+    for part, schema in (("agents", "result"), ("tools", "arguments")):
+        plain[part] = {n: {k: v for k, v in x.items() if k != schema} for n, x in plain[part].items()}
+    return plain
+
+
+def _settings(manifest: Manifest) -> Settings:
+    """This machine's settings, with the model's parameters as released; only secrets are the machine's own."""
+    settings = load_settings()
+    own = {k: v for k, v in settings.options.get(manifest.model, {}).items() if manifests.is_secret(k)}
+    return settings.model_copy(update={"options": {**settings.options, manifest.model: {**own, **manifest.parameters}}})
 
 
 class Following:
@@ -372,12 +443,22 @@ class Following:
 
     @property
     def system(self) -> System:
-        """The release in force, at most `reload_s` seconds old. A run under way keeps the one it started with."""
+        """The release in force, at most `reload_s` seconds old. A run under way keeps the one it started with.
+
+        Raises:
+            ReleaseError: the alias is gone, or what it names is not intact. A store that does not answer is no reason
+                to stop: the release at hand goes on, with a warning, until the next look.
+        """
+        from mlflow.exceptions import MlflowException
+
         if time.monotonic() - self._looked >= self._reload_s:
+            try:
+                version = resolve(self._reference)
+                if version.release_id != self._version.release_id:
+                    self._system, self._version = load_folder(*fetch_version(version)), version
+            except MlflowException as e:
+                _log.warning("%s cannot be looked up, %s goes on: %s", self._reference, self._version, e)
             self._looked = time.monotonic()
-            version = resolve(self._reference)
-            if version.release_id != self._version.release_id:
-                self._system, self._version = load_folder(*fetch_version(version)), version
         return self._system
 
     def run(self, **inputs: Any) -> RunRecord:

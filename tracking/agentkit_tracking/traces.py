@@ -5,29 +5,48 @@ Written in the background (MLflow's queue drops when full): for people to look a
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+import warnings
 from datetime import datetime
+from functools import cache
 from typing import Any
 
+from agentkit.errors import AgentkitError
 from agentkit.records import RunRecord, Step
 from agentkit_tracking.home import connect, experiment_id
 
+_PAUSE_S = 60.0  # after a failure, until the store is tried again
+_paused_until = 0.0
+_log = logging.getLogger(__name__)
 _SPAN_TYPES = {"model": "CHAT_MODEL", "tool": "TOOL", "approval": "TOOL", "decision": "CHAIN"}
 
 
 def write(record: RunRecord) -> None:
     """The sink agentkit calls for every finished run; `AGENTKIT_TRACES=off` turns it off.
 
-    Evaluation runs are logged in bulk with their evaluation, not trace by trace.
+    Evaluation runs are logged in bulk with their evaluation, not trace by trace. A store that fails costs a warning
+    and the trace: the run is over, its effects are done, and the run log has it.
     """
+    global _paused_until
     if record.kind == "evaluation" or os.environ.get("AGENTKIT_TRACES", "on").lower() in ("off", "0", "false"):
         return
-    log_trace(record)
+    if time.monotonic() < _paused_until:
+        return
+    from mlflow.exceptions import MlflowException
+
+    try:
+        log_trace(record)
+    except (AgentkitError, MlflowException) as e:
+        _paused_until = time.monotonic() + _PAUSE_S
+        _log.warning("run %s has no trace, nor has any in the next %g s: %s", record.run_id, _PAUSE_S, e)
 
 
 def log_trace(record: RunRecord) -> str:
     """Write the trace of a record; returns the trace id."""
     connect()
+    _import_pyfunc()
     import mlflow
     from mlflow.entities import SpanStatus, SpanStatusCode
 
@@ -51,7 +70,8 @@ def log_trace(record: RunRecord) -> str:
     for step in record.steps:
         if step.kind == "transition":
             # A transition ends the phase it leaves: its span covers that state.
-            phase = _finish(phase, start, step) or _begin(root, start, step)
+            _finish(phase, start, step)
+            phase = _begin(root, start, step)
             continue
         _child(phase or root, start, step)
     _finish(phase, start, record.steps[-1] if record.steps else None)
@@ -62,6 +82,14 @@ def log_trace(record: RunRecord) -> str:
         end_time_ns=start + int(record.seconds * 1e9),
     )
     return str(root.trace_id)
+
+
+@cache
+def _import_pyfunc() -> None:
+    """The first span imports this; it warns of type hints in mlflow's own models, which means nothing to a user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        import mlflow.pyfunc.context  # noqa: F401
 
 
 def _begin(root: Any, start: int, step: Step) -> Any:
@@ -77,7 +105,8 @@ def _begin(root: Any, start: int, step: Step) -> Any:
 
 def _finish(phase: Any, start: int, step: Step | None) -> None:
     if phase is not None and step is not None:
-        phase.end(end_time_ns=start + int((step.started + step.seconds) * 1e9))
+        status = "ERROR" if step.name == "FAILED" else "OK"
+        phase.end(status=status, end_time_ns=start + int((step.started + step.seconds) * 1e9))
 
 
 def _child(parent: Any, start: int, step: Step) -> None:
@@ -100,9 +129,7 @@ def _child(parent: Any, start: int, step: Step) -> None:
         }
         # With the cost given, MLflow does not look it up through litellm (seconds of import, a price we do not use).
         cost = {"total_cost": step.usd}
-        span.set_attributes(
-            {"mlflow.chat.tokenUsage": usage, "mlflow.llm.model": step.model, "mlflow.llm.cost": cost}
-        )
+        span.set_attributes({"mlflow.chat.tokenUsage": usage, "mlflow.llm.model": step.model, "mlflow.llm.cost": cost})
     span.end(
         outputs=step.error or step.outputs,
         status="ERROR" if step.error else "OK",

@@ -1,0 +1,87 @@
+"""For the tests of releases: a blank MLflow store that costs nothing to set up, and small systems to put into it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+COLOURS = '''
+from typing import Literal
+
+import agentkit as ak
+import dspy
+
+
+class Colour(dspy.Signature):
+    """Say whether a text is about something warm or something cold.
+
+    - warm: red, orange, sun, fire, desert, lava
+    - cold: blue, ice, sea, snow, winter, frost
+    """
+
+    text: str = dspy.InputField()
+    label: Literal["warm", "cold"] = dspy.OutputField()
+    confidence: float = dspy.OutputField()
+
+
+def success(example, prediction, trace=None):
+    return prediction.label == example["label"]
+
+
+def system() -> ak.System:
+    return ak.adopt(dspy.Predict(Colour), name="colours", success=success)
+'''
+WORDS = {"warm": ("red", "orange", "sun", "fire", "desert", "lava"), "cold": ("blue", "ice", "sea", "snow", "frost")}
+CASES = [
+    (f"look at the {word} {place}", label)
+    for label, words in WORDS.items()
+    for word in words
+    for place in ["here", "there", "up", "down"]
+]
+
+
+@functools.cache
+def _blank() -> Path:
+    """An MLflow database with all its tables; creating them takes most of a second."""
+    from agentkit_tracking.home import connect
+
+    folder = Path(tempfile.mkdtemp(prefix="agentkit-blank-"))
+    given, os.environ["AGENTKIT_HOME"] = os.environ.get("AGENTKIT_HOME"), str(folder)
+    try:
+        connect()
+    finally:
+        if given is None:
+            del os.environ["AGENTKIT_HOME"]
+        else:
+            os.environ["AGENTKIT_HOME"] = given
+    return folder / "mlflow.db"
+
+
+def furnish(home: Path) -> Path:
+    """Put a blank store into a home."""
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copy(_blank(), home / "mlflow.db")
+    return home
+
+
+@pytest.fixture
+def store(own_home: Path) -> Path:
+    """The test's home, with a blank MLflow store."""
+    return furnish(own_home)
+
+
+def python(script: str, *arguments: str | Path, timeout: float = 120, **environment: str) -> str:
+    """Run a script in a process of its own, in the working directory; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,269 @@
+"""The run log: nothing that finished is lost, nothing half-written is read, and SQL sees it all at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agentkit_tracking.runlog import RunLog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from releases import python
+
+import agentkit as ak
+from agentkit.errors import AgentkitError, UsageError
+from agentkit.records import RunRecord, Step
+
+# A writer that imports neither dspy nor mlflow.
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from test_runlog import record
+from agentkit_tracking.runlog import RunLog
+log = RunLog(Path(sys.argv[1]))
+"""
+
+
+def record(run_id: str = "r", **values: Any) -> RunRecord:
+    fields: dict[str, Any] = {
+        "run_id": run_id, "system": "s", "release": None, "kind": "run", "started_at": "2026-11-20T10:00:00+00:00",
+        "seconds": 1.5, "state": "DONE", "route": "billing", "inputs": {}, "output": {}, "error": None, "effects": [],
+        "phases": {"planning": 0.5, "execution": 0.75, "reflection": 0.25}, "waited_s": 0.0, "model_calls": 1,
+        "tool_calls": 0, "tokens_in": 10, "tokens_out": 2, "usd": 0.01,
+    }  # fmt: skip
+    return RunRecord(**{**fields, **values})
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> RunLog:
+    return RunLog(tmp_path / "runs")
+
+
+def ids(log: RunLog) -> list[str]:
+    return log.sql("SELECT run_id FROM runs ORDER BY run_id")["run_id"].to_list()
+
+
+def write_in_process(log: RunLog, script: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WRITER + script, str(log.folder)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+
+
+# ---- writing
+
+
+def test_records_of_several_processes_and_threads_are_read_together(log: RunLog) -> None:
+    script = "for i in range(200): log.append(record(f'{os.getpid()}-{i:03}'))"
+    writers = [write_in_process(log, script) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda n=n: [log.append(record(f"t{n}-{i}")) for i in range(50)]) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for writer in writers:
+        writer.communicate()
+    found = ids(log)
+    assert (len(found), len(set(found))) == (800, 800)
+    assert len(list(log.folder.iterdir())) == 4  # a segment per process
+
+
+def test_a_killed_writer_loses_at_most_its_last_line(log: RunLog) -> None:
+    script = "i = 0\nwhile True:\n    log.append(record(f'{i:06}', inputs={'text': 'x' * 20_000}))\n    print(i, flush=True)\n    i += 1"
+    writer = write_in_process(log, script)
+    assert writer.stdout is not None
+    seen = [writer.stdout.readline() for _ in range(50)]
+    writer.send_signal(signal.SIGKILL)
+    seen += writer.stdout.readlines()
+    writer.wait()
+    writer.stdout.close()
+    assert ids(log)[: len(seen)] == [f"{int(line):06}" for line in seen]  # every append that returned
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_torn_last_line_is_passed_over(log: RunLog, cut: int) -> None:
+    for i in range(3):
+        log.append(record(f"r{i}"))
+    log.close()
+    [segment] = log.folder.iterdir()
+    whole, last = segment.read_bytes().rstrip(b"\n").rsplit(b"\n", 1)
+    segment.write_bytes(whole + b"\n" + last[:cut])
+    log.append(record("later"))
+    assert ids(log) == ["later", "r0", "r1"]
+
+
+def test_a_forked_child_gets_a_segment_of_its_own(log: RunLog) -> None:
+    script = (
+        "log.append(record('parent-1'))\n"
+        "if (child := os.fork()) == 0:\n    log.append(record('child'))\n    os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0\nlog.append(record('parent-2'))\n"
+    )
+    write_in_process(log, script).communicate()
+    lines = sorted([json.loads(line)["run_id"] for line in p.read_bytes().splitlines()] for p in log.folder.iterdir())
+    assert lines == [["child"], ["parent-1", "parent-2"]]
+
+
+def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    with pytest.raises(
+        AgentkitError, match=f"run r7 could not be written to the run log in {tmp_path}/runs: .*; free space"
+    ):
+        RunLog(tmp_path / "runs").append(record("r7"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_a_clear_error(log: RunLog) -> None:
+    log.folder.mkdir(mode=0o500)
+    with pytest.raises(AgentkitError, match="Permission denied"):
+        log.append(record())
+
+
+def test_a_full_disk_is_a_clear_error_and_costs_one_record(log: RunLog) -> None:
+    script = """
+import resource
+log.append(record("before"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+try:
+    log.append(record("too long", inputs={"text": "x" * 5_000}))
+except Exception as e:
+    print(type(e).__name__, e)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+log.append(record("after"))
+log.append(record("last"))
+"""
+    writer = write_in_process(log, script)
+    said, _ = writer.communicate()
+    assert said.startswith("AgentkitError run too long could not be written to the run log in")
+    assert ids(log) == ["after", "before", "last"]
+
+
+def test_every_run_is_written_by_the_installed_sink(own_home: Path) -> None:
+    system = ak.adopt(lambda text: text.upper(), name="shout")
+    done, failed = system.run(text="hello"), system.run(text=3)
+    rows = RunLog().sql("SELECT run_id, system, state, output->>'value' AS said, error FROM runs ORDER BY started_at")
+    assert rows.rows() == [
+        (done.run_id, "shout", "DONE", "HELLO", None),
+        (failed.run_id, "shout", "FAILED", None, "AttributeError: 'int' object has no attribute 'upper'"),
+    ]
+
+
+# ---- content
+
+AWKWARD = [
+    "lone \ud800 surrogate",
+    "line\nbreak\r\n and tab\t",
+    "emoji 🙂 é 中",
+    'quote " \\ slash',
+    "\x00\x1b\u2028",
+    "x" * 1_000_000,
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD, ids=["surrogate", "newline", "emoji", "quote", "control", "megabyte"])
+def test_any_text_is_one_record_and_comes_back(log: RunLog, text: str) -> None:
+    log.append(
+        record("r1", inputs={"text": text}, error=text, steps=[Step("model", "m", "PLANNING", 0.0, outputs=[text])])
+    )
+    log.append(record("r2"))
+    inputs, error, outputs = log.sql("SELECT inputs, error, steps[1].outputs FROM runs WHERE run_id = 'r1'").row(0)
+    expected = text.encode("utf-8", "replace").decode()
+    assert (json.loads(inputs), error, json.loads(outputs)) == ({"text": expected}, expected, [expected])
+    assert ids(log) == ["r1", "r2"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts=st.lists(st.text(), min_size=1, max_size=20))
+def test_no_text_breaks_a_line(texts: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        log = RunLog(Path(folder))
+        for i, text in enumerate(texts):
+            log.append(record(f"{i:02}", error=text, inputs={text: text}))
+        log.close()
+        assert log.sql("SELECT error FROM runs ORDER BY run_id")["error"].to_list() == texts
+
+
+def test_an_unknown_cost_is_null_and_a_number_past_64_bits_is_kept_as_text(log: RunLog) -> None:
+    log.append(record(usd=float("nan"), inputs={"n": 2**80}))
+    assert log.sql("SELECT usd, inputs->>'n' AS n FROM runs").rows() == [(None, str(2**80))]
+
+
+# ---- reading
+
+
+def test_an_empty_log_answers_with_no_rows(log: RunLog) -> None:
+    assert log.sql("SELECT count(*) AS n FROM runs").item() == 0
+    assert (len(log.runs()), len(log.steps("r"))) == (0, 0)
+    assert log.runs().columns == [c for c in log.sql("SELECT * FROM runs").columns if c != "steps"]
+
+
+def test_the_steps_view_has_one_row_per_step_in_order(log: RunLog) -> None:
+    steps = [
+        Step("transition", "PLANNING", "IDLE", 0.0),
+        Step(
+            "model", "embedded/default", "PLANNING", 0.1, 0.2, "billing", model="embedded/default", tokens_in=7, usd=0.5
+        ),
+        Step("tool", "pay", "EXECUTING", 0.3, inputs={"amount": 3}, error="UsageError: no"),
+    ]
+    log.append(record("r1", release="abc", steps=steps))
+    log.append(record("r2", steps=steps[:1]))
+    rows = log.steps("r1")
+    assert rows["step"].to_list() == [1, 2, 3]
+    assert rows.select("release", "kind", "name", "agent", "tokens_in", "error").rows() == [
+        ("abc", "transition", "PLANNING", None, 0, None),
+        ("abc", "model", "embedded/default", "billing", 7, None),
+        ("abc", "tool", "pay", None, 0, "UsageError: no"),
+    ]
+    assert log.sql("SELECT inputs->>'amount' AS a FROM steps WHERE kind = 'tool'").item() == "3"
+
+
+def test_runs_come_newest_first_and_limited(log: RunLog) -> None:
+    for hour in (3, 1, 2):
+        log.append(record(f"r{hour}", started_at=f"2026-11-20T0{hour}:00:00+00:00"))
+    assert log.runs(2)["run_id"].to_list() == ["r3", "r2"]
+    assert log.runs(1)["started_at"].item() == datetime(2026, 11, 20, 3, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("SELECT nothing FROM runs", 'Referenced column "nothing" not found'),
+        ("SELEKT 1", "syntax error"),
+        ("SELECT * FROM elsewhere", "elsewhere does not exist"),
+        ("-- nothing", "the query is empty"),
+    ],
+)
+def test_a_wrong_query_is_wrong_use_with_the_databases_own_words(log: RunLog, query: str, said: str) -> None:
+    log.append(record())
+    with pytest.raises(UsageError, match=f"(?s){said}"):
+        log.sql(query)
+
+
+def test_values_are_handed_over_as_parameters(log: RunLog) -> None:
+    log.append(record("it's"))
+    assert log.sql("SELECT run_id FROM runs WHERE run_id = ?", ["it's"]).item() == "it's"
+
+
+@pytest.mark.parametrize("name", ["it's", "[prod] *", "what?", "a b"])
+def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
+    log = RunLog(tmp_path / name)
+    log.append(record("r1"))
+    assert ids(log) == ["r1"]
+
+
+def test_reading_does_not_need_dspy_or_mlflow(log: RunLog) -> None:
+    log.append(record())
+    script = (
+        "import sys; from pathlib import Path; from agentkit_tracking.runlog import RunLog;"
+        "print(len(RunLog(Path(sys.argv[1])).runs()), {'dspy', 'mlflow', 'sklearn'} & sys.modules.keys())"
+    )
+    assert python(script, log.folder) == "1 set()\n"

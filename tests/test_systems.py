@@ -1,0 +1,589 @@
+"""Systems: routing, inputs and results, adopted programs, event loops, nesting, and life as a `dspy.Module`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import dspy
+import pytest
+from hedgehogs import Found, Hedgehog, Script, doing, speaking
+from pydantic import BaseModel, ConfigDict, Field
+
+import agentkit as ak
+from agentkit import Budget, Run, RunRecord
+from agentkit.errors import BudgetExceeded, SourceError, UsageError
+from agentkit.runs import current_run
+
+
+class Route(dspy.Signature):
+    """Who answers?
+
+    - billing: money, invoice, refund, charged
+    - technical: wifi, offline, device, app
+    """
+
+    text: str = dspy.InputField()
+    queue: Literal["billing", "technical"] = dspy.OutputField()
+    confidence: float = dspy.OutputField()
+
+
+class Billing(Hedgehog):
+    name = "billing"
+
+
+class Technical(Hedgehog):
+    name = "technical"
+
+
+MONEY, WIFI = "I was charged twice, I want a refund", "my device is offline, no wifi"
+
+
+def desk() -> ak.System:
+    return ak.System("desk", [Billing(), Technical()], router=dspy.Predict(Route))
+
+
+@pytest.fixture
+def records() -> Iterator[list[RunRecord]]:
+    kept: list[RunRecord] = []
+    with ak.add_sink(kept.append):
+        yield kept
+
+
+@pytest.fixture
+def dspy_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What DSPy has to complain about; its logger does not propagate."""
+    logging.getLogger("dspy").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("dspy").removeHandler(caplog.handler)
+
+
+# --- routing -------------------------------------------------------------------------------------------------------
+
+
+def test_the_router_chooses_the_agent_and_its_choice_is_recorded() -> None:
+    system = desk()
+    assert [system.run(text=text).route for text in (MONEY, WIFI)] == ["billing", "technical"]
+    record = system.run(text=MONEY)
+    decision = next(s for s in record.steps if s.kind == "decision")
+    assert (decision.name, decision.outputs, decision.state) == ("route", "billing", "PLANNING")
+    assert "'queue': 'billing'" in str(decision.inputs)
+    assert {s.agent for s in record.steps} == {None, "billing"}
+
+
+def test_agents_see_the_whole_answer_of_the_router() -> None:
+    class Sure(Billing):
+        def execute(self, run: Run, plan: Any, text: str = "") -> Any:
+            return run.routing.confidence
+
+    record = ak.System("desk", [Sure(), Technical()], router=dspy.Predict(Route)).run(text=MONEY)
+    assert 0.5 < (record.output or {})["value"] <= 1
+
+
+def test_a_router_that_answers_something_else_fails_the_run() -> None:
+    system = desk()
+    speaking(system.router, Script(*[{"queue": "legal", "confidence": "0.9"}] * 2))  # DSPy asks twice
+    record = system.run(text=MONEY)
+    assert (record.state, record.route, record.model_calls) == ("FAILED", None, 2)
+    assert "Expected to find output fields in the LM response: [queue, confidence]" in (record.error or "")
+
+
+ROUTERS: dict[str, tuple[Any, str]] = {
+    "an agent too few": (dspy.Predict("text -> q: Literal['billing']"), r"\['billing'\], but the agents are"),
+    "an agent too many": (dspy.Predict("text -> q: Literal['billing', 'legal', 'technical']"), "'legal'"),
+    "any text": (dspy.Predict("text -> q"), r"can answer \[\]"),
+    "no predictor": (dspy.ChainOfThought("text -> q: Literal['billing', 'technical']"), "must be a dspy.Predict"),
+    "none": (None, "2 agents but no router"),
+}
+
+
+@pytest.mark.parametrize(("router", "message"), ROUTERS.values(), ids=ROUTERS.keys())
+def test_a_router_whose_labels_are_not_the_agents_is_refused(router: Any, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        ak.System("desk", [Billing(), Technical()], router=router)
+
+
+class Nameless(Hedgehog):
+    name = ""
+
+
+class Idle(ak.Agent):
+    name = "idle"
+    result = Found
+
+
+class Kind(Hedgehog):
+    def plan(self, run: Run, kind: str) -> Any:  # type: ignore[override]
+        return kind
+
+
+UNFIT: dict[str, tuple[str, list[ak.Agent], str]] = {
+    "a name with a space": ("my desk", [Hedgehog()], "system name 'my desk'"),
+    "no agent": ("desk", [], "0 agents"),
+    "namesakes": ("desk", [Billing(), Billing()], "two agents share a name"),
+    "no name": ("desk", [Nameless()], "sets no `name`"),
+    "an unwritten phase": ("desk", [Idle()], "Idle does not write the phase `plan`"),
+    "an input with the name of an option": ("desk", [Kind()], "rename the input 'kind'"),
+}
+
+
+@pytest.mark.parametrize(("name", "agents", "message"), UNFIT.values(), ids=UNFIT.keys())
+def test_a_system_that_cannot_work_is_refused_when_it_is_made(name: str, agents: list[ak.Agent], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        ak.System(name, agents)
+
+
+# --- inputs and results --------------------------------------------------------------------------------------------
+
+
+class Order(Hedgehog):
+    def plan(self, run: Run, ticket: str, customer: str, locale: str = "en") -> Any:  # type: ignore[override]
+        return f"{ticket}/{customer}/{locale}"
+
+    def execute(self, run: Run, plan: Any, **inputs: Any) -> Any:
+        return plan
+
+    def reflect(self, run: Run, plan: Any, facts: Any, **inputs: Any) -> Any:
+        return {"value": facts}
+
+
+def test_missing_and_unknown_inputs_are_named_and_nothing_runs(records: list[RunRecord]) -> None:
+    system = ak.System("orders", [Order()])
+    with pytest.raises(UsageError, match=r"needs \['customer', 'ticket'\]; missing: \['customer'\]"):
+        system.run(ticket="late")
+    with pytest.raises(UsageError, match=r"takes \['customer', 'locale', 'ticket'\]; it has no input 'tickt'"):
+        system(tickt="late", ticket="late", customer="Ann")
+    assert records == []
+    assert system(ticket="late", customer="Ann").value == "late/Ann/en"
+    assert system(ticket="late", customer="Ann", locale="de").value == "late/Ann/de"
+
+
+def test_what_only_the_router_reads_is_an_input_of_the_system() -> None:
+    router = dspy.Predict("text, channel -> queue: Literal['billing', 'technical']")
+    system = ak.System("desk", [Billing(), Technical()], router=router)
+    assert system.input_names() == (("text", "channel"), frozenset({"text", "channel"}))
+    assert system.run(text=MONEY, channel="mail").state == "DONE"
+    with pytest.raises(UsageError, match=r"missing: \['channel'\]"):
+        system.run(text=MONEY)
+
+
+class Share(BaseModel):
+    part: float = Field(ge=0, le=1)
+
+
+class Camel(BaseModel):
+    model_config = ConfigDict(validate_by_name=False)
+    order_id: str = Field(alias="orderId")
+
+
+INVALID: dict[str, Any] = {
+    "out of range": {"part": 1.5},
+    "another type": {"part": "half"},
+    "missing": {},
+    "nothing": None,
+    "built without validation": Share.model_construct(part="half"),
+    "another model": Found(value=0.5),
+}
+
+
+@pytest.mark.parametrize("result", INVALID.values(), ids=INVALID.keys())
+def test_an_invalid_result_fails_the_run(result: Any) -> None:
+    class Careless(Hedgehog):
+        def reflect(self, run: Run, plan: Any, facts: Any, text: str = "") -> Any:
+            return result
+
+    Careless.result = Share
+    record = ak.adopt(Careless()).run(text="x")
+    assert (record.state, record.output) == ("FAILED", None)
+    assert (record.error or "").startswith("ValidationError: 1 validation error for Share")
+    assert record.steps[-1].inputs == "REFLECTING"
+
+
+@pytest.mark.parametrize("result", [Camel(orderId="A"), {"orderId": "A"}, {"order_id": "A"}], ids=repr)
+def test_results_with_aliases_pass(result: Any) -> None:
+    class Camels(Hedgehog):
+        def reflect(self, run: Run, plan: Any, facts: Any, text: str = "") -> Any:
+            return result
+
+    Camels.result = Camel
+    record = ak.adopt(Camels()).run(text="x")
+    assert record.output == {"order_id": "A"}, record.error
+    assert record.result == Camel(orderId="A")
+
+
+def test_a_call_returns_the_fields_of_the_result_with_route_and_record() -> None:
+    prediction = desk()(text=WIFI)
+    assert (prediction.value, prediction.route, prediction.record.state) == (WIFI, "technical", "DONE")
+
+
+def test_a_call_raises_what_ended_the_run_after_it_was_recorded(records: list[RunRecord]) -> None:
+    def fail(run: Run) -> None:
+        raise LookupError("no such order")
+
+    system = doing(fail)
+    with pytest.raises(LookupError, match="no such order"):
+        system(text="x")
+    assert [(r.state, r.error) for r in records] == [("FAILED", "LookupError: no such order")]
+    assert system.run(text="x").state == "FAILED"
+
+
+def test_the_model_sees_only_what_the_release_has_not_what_the_caller_configured() -> None:
+    script = Script({"queue": "technical", "confidence": "1"})
+    with dspy.context(lm=speaking(dspy.Predict(Route), script).lm):
+        record = desk().run(text=MONEY)
+    assert (record.route, script.prompts) == ("billing", [])
+
+
+# --- approvals -----------------------------------------------------------------------------------------------------
+
+
+@ak.tool(permission="write", human_at={"usd": 50})
+def pay(usd: float) -> str:
+    """Pay something back."""
+    return "paid"
+
+
+def test_an_approver_is_asked_inside_its_block_only() -> None:
+    system = doing(lambda run: run.call(pay, usd=80), pay)
+    with ak.approve_with(lambda request: True):
+        assert system.run().output == {"value": "paid"}
+        with ak.approve_with(lambda request: False):
+            assert system.run().output == {"value": None}
+        assert system.run().output == {"value": "paid"}
+    assert system.run().output == {"value": None}
+
+
+def test_an_approver_leaves_with_an_error_and_does_not_reach_other_threads() -> None:
+    system = doing(lambda run: run.call(pay, usd=80), pay)
+    elsewhere: list[Any] = []
+
+    def break_off() -> None:
+        with ak.approve_with(lambda request: True):
+            thread = threading.Thread(target=lambda: elsewhere.append(system.run().output))
+            thread.start()
+            thread.join()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        break_off()
+    assert elsewhere == [{"value": None}]
+    assert system.run().output == {"value": None}
+
+
+# --- one system inside another -------------------------------------------------------------------------------------
+
+
+def test_a_nested_system_spends_its_callers_budget(records: list[RunRecord]) -> None:
+    inner = desk()
+
+    def ask_until_refused(run: Run) -> Any:
+        return [inner(text=MONEY).route for _ in range(5)]
+
+    outer = doing(ask_until_refused, budget=Budget(model_calls=3))
+    record = outer.run()
+    assert record.error == (
+        "BudgetExceeded: budget of 3 model_calls would be exceeded: 3 used, 1 more asked for; "
+        "raise the limit in the system's Budget or make the task smaller"
+    )
+    assert [(r.system, r.state) for r in records] == [("desk", "DONE")] * 3 + [("desk", "FAILED"), ("worker", "FAILED")]
+    assert inner.run(text=MONEY).state == "DONE"
+
+
+def test_a_nested_system_has_the_inventory_of_its_own_agents() -> None:
+    inner = doing(lambda run: run.call(pay, usd=1))
+    record = doing(lambda run: inner.run().error, pay).run()
+    assert "agent 'hedgehog' may not use tool 'pay'; its inventory is []" in str(record.output)
+
+
+def test_runs_of_one_ledger_share_its_limits() -> None:
+    ledger = ak.Ledger(Budget(model_calls=3))
+    system = desk()
+    states = [system.run(text=WIFI, ledger=ledger).state for _ in range(5)]
+    assert states == ["DONE"] * 3 + ["FAILED"] * 2
+    assert ledger.used["model_calls"] == 3
+
+
+# --- adopted programs ----------------------------------------------------------------------------------------------
+
+
+class Triage(dspy.Module):
+    """What somebody had before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = dspy.Predict(Route)
+
+    def forward(self, text: str) -> dspy.Prediction:
+        return dspy.Prediction(queue=self.route(text=text).queue)
+
+
+def count_words(text: str, least: int = 1) -> int:
+    return max(least, len(text.split()))
+
+
+class Shouter:
+    def __call__(self, text: str) -> dict[str, str]:
+        return {"loud": text.upper()}
+
+
+ADOPTED: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
+    "a predictor": (dspy.Predict("text -> long: bool"), "Predict", "Predict", {"long": True}),
+    "a module": (Triage(), "Triage", "Triage", {"queue": "technical"}),
+    "a chain of thought": (
+        dspy.ChainOfThought("text -> long: bool"),
+        "ChainOfThought",
+        "ChainOfThought",
+        {"reasoning": WIFI, "long": True},
+    ),
+    "a function": (count_words, "count_words", "count_words", {"value": 6}),
+    "an object": (Shouter(), "Shouter", "Shouter", {"loud": WIFI.upper()}),
+    "an agent": (Technical(), "technical", "technical", {"value": WIFI}),
+}
+
+
+@pytest.mark.parametrize(("program", "name", "route", "output"), ADOPTED.values(), ids=ADOPTED.keys())
+def test_any_program_runs_unrewritten(
+    program: Any, name: str, route: str, output: dict[str, Any], dspy_log: pytest.LogCaptureFixture
+) -> None:
+    system = ak.adopt(program)
+    record = system.run(text=WIFI)
+    assert (record.state, record.output, record.error) == ("DONE", output, None)
+    assert (system.name, record.route) == (name, route)
+    with pytest.raises(UsageError, match="it has no input 'txt'"):
+        system.run(text=WIFI, txt=WIFI)
+    assert dspy_log.messages == []
+
+
+def test_a_system_is_adopted_as_it_is() -> None:
+    system = desk()
+    assert ak.adopt(system) is system
+
+
+def test_options_reach_the_adopted_system() -> None:
+    system = ak.adopt(Triage(), name="old_triage", budget=Budget(model_calls=0))
+    assert system.name == "old_triage"
+    assert "BudgetExceeded" in (system.run(text=WIFI).error or "")
+
+
+def test_fields_that_are_called_route_and_record_do_not_get_in_the_way() -> None:
+    system = ak.adopt(lambda text: {"route": "north", "record": 7, "km": 3}, name="navigator")
+    prediction = system(text="x")
+    assert prediction.record.output == {"route": "north", "record": 7, "km": 3}
+    assert (prediction.route, prediction.km) == ("navigator", 3)
+
+
+def test_a_program_that_returns_nothing_fails() -> None:
+    record = ak.adopt(lambda text: None, name="silent").run(text="x")
+    assert record.state == "FAILED"
+    assert "the adopted program returned None" in (record.error or "")
+
+
+class Later(dspy.Module):
+    async def aforward(self, text: str) -> dspy.Prediction:
+        return dspy.Prediction(text=text)
+
+
+async def later(text: str) -> str:
+    return text
+
+
+class Awaited:
+    async def __call__(self, text: str) -> str:
+        return text
+
+
+UNADOPTABLE: dict[str, tuple[Any, str]] = {
+    "data": (7, "neither a dspy.Module nor callable"),
+    "an asynchronous module": (Later(), "cannot adopt Later: it is asynchronous only"),
+    "an asynchronous function": (later, "cannot adopt later: it is asynchronous only"),
+    "an asynchronous object": (Awaited(), "cannot adopt Awaited: it is asynchronous only"),
+    "a nameless function": (lambda text: text, "system name '_lambda_'"),
+    "an input called kind": (lambda kind: kind, "rename the input 'kind'"),
+}
+
+
+@pytest.mark.parametrize(("program", "message"), UNADOPTABLE.values(), ids=UNADOPTABLE.keys())
+def test_what_cannot_be_adopted_is_refused_with_the_reason(program: Any, message: str) -> None:
+    options = {"name": "kind"} if "kind" in message else {}
+    with pytest.raises(SourceError, match=message):
+        ak.adopt(program, **options)
+
+
+def test_model_calls_in_threads_that_dspy_starts_are_counted_and_limited() -> None:
+    class Both(Triage):
+        def forward(self, text: str) -> dict[str, Any]:  # type: ignore[override]
+            pairs = [(self.route, {"text": text})] * 4
+            found = dspy.Parallel(num_threads=2, disable_progress_bar=True)(pairs)
+            return {"queues": [f.queue for f in found]}
+
+    record = ak.adopt(Both()).run(text=WIFI)
+    assert (record.output, record.model_calls) == ({"queues": ["technical"] * 4}, 4)
+    record = ak.adopt(Both(), budget=Budget(model_calls=3)).run(text=WIFI)
+    assert (record.state, record.model_calls) == ("FAILED", 3)
+
+
+def test_a_model_pinned_in_an_adopted_program_is_metered_all_the_same() -> None:
+    script = Script({"queue": "billing", "confidence": "1"})
+    priced = ak.adopt(speaking(Triage(), script)).run(text=WIFI)
+    assert (priced.output, priced.model_calls, priced.tokens_in) == ({"queue": "billing"}, 1, 100)
+    assert priced.usd == pytest.approx(0.01)
+    program = Triage()
+    program.route.lm = dspy.LM("script/1", engine=Script(*script.answers), cache=False)
+    record = ak.adopt(program).run(text=WIFI)
+    assert (record.output, record.model_calls, record.tokens_in) == (priced.output, 1, 100)
+    assert math.isnan(record.usd)  # nobody knows the price
+
+
+# --- event loops ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [desk, lambda: ak.adopt(Triage())], ids=["a system", "an adopted module"])
+def test_calls_work_inside_a_running_event_loop(make: Any, dspy_log: pytest.LogCaptureFixture) -> None:
+    system = make()
+
+    async def cell() -> tuple[Any, ...]:
+        plain = system(text=WIFI)
+        awaited, together = (
+            await system.acall(text=WIFI),
+            await asyncio.gather(*(system.acall(text=WIFI) for _ in "abc")),
+        )
+        return plain, awaited, *together
+
+    predictions = asyncio.run(cell())
+    assert [p.record.state for p in predictions] == ["DONE"] * 5
+    assert len({p.record.run_id for p in predictions}) == 5
+    assert {p.record.model_calls for p in predictions} == {1}
+    assert dspy_log.messages == []
+
+
+def test_awaited_runs_have_the_approver_of_their_caller_and_raise_its_errors() -> None:
+    def work(run: Run) -> Any:
+        if run.call(pay, usd=80) is None:
+            raise PermissionError("not paid")
+        return current_run() is run
+
+    system = doing(work, pay)
+
+    async def cell() -> Any:
+        with ak.approve_with(lambda request: True):
+            approved = await system.acall(text="x")
+        with pytest.raises(PermissionError, match="not paid"):
+            await system.acall(text="x")
+        return approved
+
+    assert asyncio.run(cell()).value is True
+
+
+# --- a system is a dspy.Module -------------------------------------------------------------------------------------
+
+TRAIN = [
+    dspy.Example(text=text, queue=queue).with_inputs("text")
+    for text, queue in [(MONEY, "billing"), (WIFI, "technical")]
+]
+
+
+class Told(Hedgehog):
+    """Classifies again, in words of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classify = dspy.Predict("text -> urgent: bool")
+
+    def plan(self, run: Run, text: str = "") -> Any:
+        return self.classify(text=text).urgent
+
+
+class ToldBilling(Told):
+    name = "billing"
+
+
+class ToldTechnical(Told):
+    name = "technical"
+
+
+def told() -> ak.System:
+    return ak.System("desk", [ToldBilling(), ToldTechnical()], router=dspy.Predict(Route))
+
+
+def right(example: Any, prediction: Any, trace: Any = None) -> bool:
+    return bool(prediction.route == example.queue)
+
+
+def test_predictors_are_found_by_dspy_and_named_as_people_write_them() -> None:
+    system = told()
+    assert [name for name, _ in system.named_predictors()] == [
+        "router",
+        "agents['billing'].classify",
+        "agents['technical'].classify",
+    ]
+    assert list(system.prompts()) == ["router", "billing.classify", "technical.classify"]
+    adopted = ak.adopt(Triage())
+    assert list(adopted.prompts()) == ["route"]
+
+
+def test_state_survives_json_and_brings_prompts_and_demonstrations_back(tmp_path: Path) -> None:
+    tuned = told()
+    tuned.router.demos = [dspy.Example(text="the box hums", queue="technical", confidence=1.0)]
+    tuned.router.signature = tuned.router.signature.with_instructions("Send it on.")
+    state = json.loads(json.dumps(tuned.dump_state()))
+    fresh = told()
+    assert fresh.run(text="the box hums").route != tuned.run(text="the box hums").route
+    fresh.load_state(state)
+    assert fresh.prompts() == tuned.prompts()
+    assert fresh.run(text="the box hums").route == "technical"
+    tuned.save(tmp_path / "state.json")
+    again = told()
+    again.load(tmp_path / "state.json")
+    assert again.prompts() == tuned.prompts()
+
+
+def test_a_copy_is_tuned_without_its_original() -> None:
+    original = told()
+    copy = original.deepcopy()
+    copy.router.demos = [TRAIN[0]]
+    copy.agents["billing"].classify.demos = [TRAIN[1]]
+    assert [p.demos for p in original.predictors()] == [[], [], []]
+    assert copy.run(text=WIFI).state == "DONE"
+
+
+def test_bootstrap_few_shot_compiles_a_system() -> None:
+    optimiser = dspy.BootstrapFewShot(metric=right, max_bootstrapped_demos=2, max_labeled_demos=2)
+    with dspy.context(lm=ak.build_lm("fast")):
+        compiled = optimiser.compile(told(), trainset=TRAIN)
+    assert isinstance(compiled, ak.System)
+    assert {d["text"] for d in compiled.router.demos} == {MONEY, WIFI}
+    assert [len(p.demos) for p in compiled.predictors()] == [2, 1, 1]
+    assert compiled.run(text="the invoice is wrong").route == "billing"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_dspy_evaluate_scores_a_system(threads: int, records: list[RunRecord]) -> None:
+    wrong = dspy.Example(text=WIFI, queue="billing").with_inputs("text")
+    evaluate = dspy.Evaluate(devset=[*TRAIN, wrong], metric=right, num_threads=threads, display_progress=False)
+    assert evaluate(desk()).score == pytest.approx(66.67)
+    assert len(records) == 3
+
+
+def test_a_refused_budget_is_an_error_to_callers() -> None:
+    system = ak.System("desk", [Billing(), Technical()], router=dspy.Predict(Route), budget=Budget(model_calls=0))
+    with pytest.raises(BudgetExceeded):
+        system(text=MONEY)
+
+
+# --- what a release is made of -------------------------------------------------------------------------------------
+
+
+def test_the_spec_holds_everything_that_defines_behaviour_beside_prompts() -> None:
+    system = doing(lambda run: None, pay, budget=Budget(usd=1.5), success=right, metrics=[ak.metrics.exact("value")])
+    spec = json.loads(json.dumps(system.spec()))
+    assert spec["agents"]["hedgehog"]["tools"] == ["pay"]
+    assert spec["agents"]["hedgehog"]["result"]["title"] == "Found"
+    assert spec["tools"]["pay"] == pay.spec()
+    assert (spec["budget"]["usd"], spec["success"], spec["metrics"]) == (1.5, "right", ["value"])
+    assert ak.adopt(count_words).spec()["program"] == "count_words"
