@@ -208,7 +208,7 @@ class Run:
             seconds=time.perf_counter() - self._t0,
             state=str(self.state),
             route=self.route,
-            inputs=jsonable(self.inputs),
+            inputs={name: jsonable(value) for name, value in self.inputs.items()},
             output=output if output is None or isinstance(output, dict) else {"value": output},
             error=None if error is None else f"{type(error).__name__}: {error}",
             effects=self.effects,

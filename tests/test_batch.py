@@ -22,8 +22,6 @@ from releases import store  # noqa: F401  (a fixture)
 
 from agentkit.errors import BudgetExceeded, DataError, UsageError
 
-pytestmark = pytest.mark.usefixtures("store")
-
 # Fails on request, and can be made to wait for a file.
 MEASURE = """
 import time
@@ -39,7 +37,7 @@ def measure(text: str, wait_for: str = "") -> dict:
 
 
 @pytest.fixture
-def measure(project: Path) -> registry.Version:
+def measure(project: Path, store: Path) -> registry.Version:  # noqa: F811
     """A release in production."""
     (project / "measure.py").write_text(MEASURE)
     version = registry.register_file("measure.py:measure")
@@ -58,7 +56,7 @@ def batch(source: str, target: str = "out.parquet", **options: Any) -> pl.DataFr
 
 
 def runs() -> pl.DataFrame:
-    return RunLog().sql("SELECT inputs->>'text' AS text, release FROM runs WHERE kind = 'batch'")
+    return RunLog().sql("SELECT inputs->>'text' AS text, release FROM runs WHERE kind = 'batch' ORDER BY started_at")
 
 
 class Stopped(Exception):
@@ -219,7 +217,7 @@ def test_a_line_torn_by_the_kill_is_run_again() -> None:
     journal.write_bytes(journal.read_bytes()[:-20])
     given = batch("in.csv")
     assert given["length"].to_list() == [5] * 5
-    assert sorted(runs()["text"]) == ["row 0", "row 1", "row 2", "row 2", "row 3", "row 4"]
+    assert runs()["text"].to_list() == ["row 0", "row 1", "row 2", "row 2", "row 3", "row 4"]
 
 
 @pytest.mark.usefixtures("measure")
@@ -280,6 +278,13 @@ class Engine:
     def close(self):
         pass
 
+    def dump_state(self):
+        return {}
+
+    @classmethod
+    def load_state(cls, state):
+        return cls()
+
 def system() -> dspy.Module:
     program = dspy.Predict("text -> answer")
     program.lm = MeteredLM("paid/model", engine=Engine(), cache=False, max_tokens=1000)
@@ -288,13 +293,18 @@ def system() -> dspy.Module:
 """
 
 
+@pytest.mark.usefixtures("store")
 def test_max_usd_stops_before_it_is_passed_and_a_higher_one_goes_on(project: Path) -> None:
     (project / "paid.py").write_text(PAID)
     registry.register_file("paid.py")
     rows(8).write_csv("in.csv")
     with pytest.raises(BudgetExceeded, match=r"budget of 0\.1045 usd"):
-        run_batch("paid", Path("in.csv"), Path("out.parquet"), max_usd=0.1045)
-    done = RunLog().sql("SELECT inputs->>'text' AS text FROM runs WHERE state = 'DONE'")["text"].to_list()
+        run_batch("paid", Path("in.csv"), Path("out.parquet"), workers=1, max_usd=0.1045)
+    done = (
+        RunLog()
+        .sql("SELECT inputs->>'text' AS text FROM runs WHERE state = 'DONE' ORDER BY started_at")["text"]
+        .to_list()
+    )
     assert done == [f"row {i}" for i in range(5)]
     given = run_batch("paid", Path("in.csv"), Path("out.parquet"), max_usd=1.0)
     assert given.select(pl.col("answer").unique(), pl.col("cost_usd").sum().round(4)).rows() == [("yes", 0.008)]

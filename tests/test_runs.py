@@ -218,26 +218,29 @@ ODD = {
     "bytes that are text": (b"abc", "abc"),
     "bytes that are none": (b"\xff", r"b'\xff'"),
     "a circle": (CIRCLE, "[[...]]"),
+    "a key that is no text": ({"\ud800": 1}, r"{'\ud800': 1}"),
 }
 
 
 @pytest.mark.parametrize(("value", "kept"), ODD.values(), ids=ODD.keys())
-def test_a_result_that_is_no_data_is_recorded_as_what_it_says_of_itself(value: Any, kept: Any) -> None:
-    record = ak.adopt(lambda: value, name="odd").run()
-    assert (record.state, record.error, record.output) == ("DONE", None, {"value": kept})
+def test_what_is_no_data_is_recorded_as_what_it_says_of_itself(value: Any, kept: Any) -> None:
+    record = ak.adopt(lambda text: value, name="odd").run(text=value)
+    assert (record.state, record.error) == ("DONE", None)
+    assert (record.inputs, record.output) == ({"text": kept}, {"value": kept})
     assert record.result is value
     assert json.loads(record.to_json())["output"] == {"value": kept}
 
 
 TEXTS = st.text(st.characters(exclude_categories=()), max_size=20)  # surrogates, too
+KEYS = st.text(max_size=20)
 DATA = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=6,
 )
 
 
-@given(inputs=st.dictionaries(TEXTS, DATA, max_size=3), output=DATA)
+@given(inputs=st.dictionaries(KEYS, DATA, max_size=3), output=DATA)
 @settings(max_examples=100, deadline=None)
 def test_every_record_is_one_line_of_json(inputs: dict[str, Any], output: Any) -> None:
     run = Run("walk", inputs, budget=Budget())
@@ -253,6 +256,7 @@ def test_every_record_is_one_line_of_json(inputs: dict[str, Any], output: Any) -
     assert b"\n" not in line
     stored = json.loads(line)
     assert stored["run_id"] == record.run_id
+    assert stored["inputs"].keys() == inputs.keys()
     assert "result" not in stored
     assert len(stored["steps"]) == 4
 
