@@ -21,7 +21,7 @@ from agentkit.records import RunRecord
 from agentkit.runs import DSPY_SETTING, Run, current_run
 from agentkit.sinks import emit
 from agentkit.states import State
-from agentkit.tools import Approver
+from agentkit.tools import Approver, Inventory, Tool
 
 if TYPE_CHECKING:
     import polars as pl
@@ -85,6 +85,7 @@ class System(dspy.Module):  # type: ignore[misc]
         self.release: str | None = None  # content hash, set by the loader
         self._lm: tuple[Any, MeteredLM] | None = None
         self._check_routing(len(agents))
+        self._check_tools()
         if taken := sorted({"kind", "ledger"} & {*self.input_names()[0]}):
             raise SourceError(f"system {name!r}: rename the input {taken[0]!r}; `run` has an option of that name")
 
@@ -101,6 +102,12 @@ class System(dspy.Module):  # type: ignore[misc]
         labels = set(getattr(field, "__args__", ()))
         if labels != set(self.agents):
             raise SourceError(f"the router can answer {sorted(labels)!r}, but the agents are {sorted(self.agents)!r}")
+
+    def _check_tools(self) -> None:
+        tools = {id(tool): tool for agent in self.agents.values() for tool in agent.tools}
+        names = [tool.name for tool in tools.values()]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise SourceError(f"system {self.name!r}: two different tools are called {twice[0]!r}; rename one")
 
     def _route_field(self) -> str:
         return str(next(iter(self.router.signature.output_fields)))  # type: ignore[union-attr]
@@ -241,9 +248,9 @@ def short_name(name: str) -> str:
 class Adopted(System):
     """An existing `dspy.Module` or plain callable as a system, unrewritten: it runs in EXECUTING as one step."""
 
-    def __init__(self, program: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, program: Callable[..., Any], *, tools: Sequence[Tool[..., Any]] = (), **options: Any) -> None:
         name = options.pop("name", None) or getattr(program, "__name__", None) or type(program).__name__
-        self.program = program
+        self.program, self.tools = program, tuple(tools)
         super().__init__(re.sub(r"\W", "_", str(name)), (), **options)
         for _, predictor in self.named_predictors():
             predictor.lm = metered(predictor.lm)
@@ -266,7 +273,8 @@ class Adopted(System):
         run.to(State.PLANNING, "request received")
         run.route = type(self.program).__name__ if isinstance(self.program, dspy.Module) else self.name
         run.to(State.EXECUTING, "adopted program plans for itself")
-        answer = self.program(**inputs)
+        with run.acting_as(Inventory(self.name, self.tools)):
+            answer = self.program(**inputs)
         run.to(State.REFLECTING, "program returned")
         if answer is None:
             raise UsageError("the adopted program returned None; it must return a Prediction, a mapping or a value")
@@ -274,7 +282,8 @@ class Adopted(System):
 
     def spec(self) -> dict[str, Any]:
         """As of any system, with the program's name in place of agents."""
-        return {**super().spec(), "program": getattr(self.program, "__qualname__", type(self.program).__qualname__)}
+        name = getattr(self.program, "__qualname__", type(self.program).__qualname__)
+        return {**super().spec(), "program": name, "tools": {tool.name: tool.spec() for tool in self.tools}}
 
 
 def adopt(program: Callable[..., Any], **options: Any) -> System:
@@ -282,8 +291,9 @@ def adopt(program: Callable[..., Any], **options: Any) -> System:
 
     Args:
         program: called with the inputs as keyword arguments; may return a `dspy.Prediction`, a mapping, a pydantic
-            model or a value (which becomes the output `value`).
-        options: as for `System`: name, model, budget, success, metrics, files.
+            model or a value (which becomes the output `value`). Its model is the system's, as everywhere, whatever
+            `dspy.configure` says; one that a predictor has pinned (`predictor.lm`) stays.
+        options: `tools`, the inventory of `ak.tool`s that the program may call (none by default); and as for `System`: name, model, budget, success, metrics, files.
     """
     if isinstance(program, System):
         return program

@@ -587,3 +587,44 @@ def test_the_spec_holds_everything_that_defines_behaviour_beside_prompts() -> No
     assert spec["tools"]["pay"] == pay.spec()
     assert (spec["budget"]["usd"], spec["success"], spec["metrics"]) == (1.5, "right", ["value"])
     assert ak.adopt(count_words).spec()["program"] == "count_words"
+
+
+def test_two_different_tools_of_one_name_are_refused() -> None:
+    def tool(answer: str) -> ak.Tool:
+        @ak.tool
+        def look(name: str) -> str:
+            """Look something up."""
+            return answer
+
+        return look
+
+    class First(ak.Agent):
+        name, result, tools = "first", dict, (tool("a"),)
+        plan = execute = reflect = lambda self, run, *found, text: {}
+
+    class Second(First):
+        name, tools = "second", (tool("b"),)
+
+    class Route(dspy.Signature):
+        """Route."""
+
+        text: str = dspy.InputField()
+        to: Literal["first", "second"] = dspy.OutputField()
+
+    with pytest.raises(ak.AgentkitError, match="two different tools are called 'look'"):
+        ak.System("s", [First(), Second()], router=dspy.Predict(Route))
+
+
+def test_an_adopted_program_may_use_exactly_the_tools_it_is_given() -> None:
+    @ak.tool
+    def look(name: str) -> str:
+        """Look something up."""
+        return name.upper()
+
+    def program(text: str) -> str:
+        return look(name=text)
+
+    assert ak.adopt(program, tools=[look]).run(text="a").output == {"value": "A"}
+    denied = ak.adopt(program).run(text="a")
+    assert denied.state == "FAILED"
+    assert "may not use tool 'look'" in denied.error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,7 @@ from agentkit_pipelines.thresholds import load_thresholds
 Say = Callable[[str], None]
 _RELEASE, _HISTORY = "### Release ", "### History\n"
 _RESULTS, _VERDICT, _SETTINGS, _EVIDENCE = "results.parquet", "verdict.json", "settings.json", "evidence.json"
+_THRESHOLDS = "thresholds.yaml"
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,16 @@ def evaluate(plan: Plan, *, progress: Progress | None = None, say: Say = lambda 
     if thresholds is not None and thresholds.system != plan.version.name:
         raise UsageError(f"{plan.thresholds} is for {thresholds.system!r}, not for {plan.version.name!r}")
     folder, _ = registry.fetch_version(plan.version)
+    golden_sha256 = sha256_of(plan.golden)
     production = find_production(plan.version.name)
     compared = production if production is not None and production.release_id != plan.version.release_id else None
     output = _output_folder(plan.version)
+    shutil.copy(folder / MANIFEST, output)
+    bar = shutil.copy(plan.thresholds, output / _THRESHOLDS) if plan.thresholds else ""
     parameters: dict[str, Any] = {
         "version": str(folder),
         "golden": str(plan.golden.resolve()),
-        "thresholds": str(plan.thresholds.resolve()) if plan.thresholds else "",
+        "thresholds": str(bar),  # the copy, so that what was asked for is what the evidence holds
         "seed": plan.seed,
     }
     optional = {"repeats": plan.repeats, "workers": plan.workers, "max_usd": plan.max_usd}
@@ -129,6 +134,8 @@ def evaluate(plan: Plan, *, progress: Progress | None = None, say: Say = lambda 
         if e.error_name == BudgetExceeded.__name__:
             raise BudgetExceeded("usd", plan.max_usd or 0.0, plan.max_usd or 0.0, 0.0) from e
         raise
+    if sha256_of(plan.golden) != golden_sha256:
+        raise UsageError(f"{plan.golden} changed while {plan.version} was evaluated on it; evaluate again")
     return _log(plan, output, notebook, compared)
 
 
