@@ -20,6 +20,7 @@ from typing import Any
 import polars as pl
 from agentkit_tracking import registry
 from agentkit_tracking.home import connect, experiment_id, home, project_root
+from agentkit_tracking.manifest import MANIFEST
 from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
 
 from agentkit.errors import BudgetExceeded, ReleaseError, UsageError
