@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from agentkit.budget import Budget, Ledger
     from agentkit.embedded import Weights, fit
     from agentkit.errors import AgentkitError
-    from agentkit.examples import Example, keep_cases, read_examples
+    from agentkit.example_tables import keep_cases
+    from agentkit.examples import Example, read_examples
     from agentkit.models import build_lm
     from agentkit.records import RunRecord
     from agentkit.runs import Run
@@ -41,7 +42,7 @@ _HOME = {
     "build_lm": "models",
     "diagram": "states",
     "fit": "embedded",
-    "keep_cases": "examples",
+    "keep_cases": "example_tables",
     "read_examples": "examples",
     "tool": "tools",
 }

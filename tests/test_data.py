@@ -6,8 +6,10 @@ import re
 from collections import Counter
 
 import pytest
-from agentkit.examples import Example, check_examples, read_examples
 from conftest import DATA, ROOT
+
+from agentkit.example_checks import check_examples
+from agentkit.examples import Example, read_examples
 
 SETS = ("train", "dev", "golden")
 SIZES = {"train": 1628, "dev": 100, "golden": 300}

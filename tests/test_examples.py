@@ -16,15 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from agentkit.errors import DataError, UsageError
-from agentkit.examples import (
-    Example,
-    check_examples,
-    import_examples,
-    keep_cases,
-    read_examples,
-    sha256_of,
-    write_examples,
-)
+from agentkit.example_checks import check_examples
+from agentkit.example_tables import import_examples, keep_cases
+from agentkit.examples import Example, read_examples, sha256_of, write_examples
 
 
 def case(id: str = "a", text: str = "My card is lost", **fields: Any) -> Example:

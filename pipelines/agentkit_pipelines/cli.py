@@ -394,7 +394,7 @@ def data_check(
     """Check a file of examples against the schema; report class balance and near-duplicates. Exit code 2 if it is wrong."""
     from rich.table import Table
 
-    from agentkit.examples import check_examples
+    from agentkit.example_checks import check_examples
 
     found = check_examples(file, against=against or [])
     console = terminal.console()
@@ -425,7 +425,8 @@ def data_import(
     tags: Annotated[str | None, typer.Option(help="column of comma-separated tags")] = None,
 ) -> None:
     """Turn a table into a file of examples."""
-    from agentkit.examples import import_examples, write_examples
+    from agentkit.example_tables import import_examples
+    from agentkit.examples import write_examples
 
     if target.exists():
         raise UsageError(f"{target} exists; delete it or choose another name")
