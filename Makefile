@@ -48,7 +48,7 @@ define install
 	@echo "agentkit: installing $(1) into $(VENV) (about a minute)"
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("agentkit needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv || true
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv==0.13.8 || true
 	@$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r $(1) --compile-bytecode 2>$(VENV)/uv.log \
 	  || $(BIN)/python -m pip install -q --require-hashes -r $(1)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . 2>>$(VENV)/uv.log \

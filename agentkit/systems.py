@@ -86,6 +86,7 @@ class System(dspy.Module):  # type: ignore[misc]
         self._lm: tuple[Any, MeteredLM] | None = None
         self._check_routing(len(agents))
         self._check_tools()
+        self._meter()
         if taken := sorted({"kind", "ledger"} & {*self.input_names()[0]}):
             raise SourceError(f"system {name!r}: rename the input {taken[0]!r}; `run` has an option of that name")
 
@@ -102,6 +103,11 @@ class System(dspy.Module):  # type: ignore[misc]
         labels = set(getattr(field, "__args__", ()))
         if labels != set(self.agents):
             raise SourceError(f"the router can answer {sorted(labels)!r}, but the agents are {sorted(self.agents)!r}")
+
+    def _meter(self) -> None:
+        """Put the meter between predictors and the models pinned to them, also those pinned since the last run."""
+        for _, predictor in self.named_predictors():
+            predictor.lm = metered(predictor.lm)
 
     def _check_tools(self) -> None:
         tools = {id(tool): tool for agent in self.agents.values() for tool in agent.tools}
@@ -168,6 +174,7 @@ class System(dspy.Module):  # type: ignore[misc]
         self, inputs: dict[str, Any], kind: str, ledger: Ledger | None = None
     ) -> tuple[RunRecord, BaseException | None]:
         self._check_inputs(inputs)
+        self._meter()
         lm = self.lm  # built before the clock starts
         outer = current_run()
         if ledger is None and outer is not None:
@@ -252,8 +259,6 @@ class Adopted(System):
         name = options.pop("name", None) or getattr(program, "__name__", None) or type(program).__name__
         self.program, self.tools = program, tuple(tools)
         super().__init__(re.sub(r"\W", "_", str(name)), (), **options)
-        for _, predictor in self.named_predictors():
-            predictor.lm = metered(predictor.lm)
 
     def input_names(self) -> tuple[tuple[str, ...], frozenset[str]]:
         """Read from the program's own parameters; a lone predictor's from its signature."""

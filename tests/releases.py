@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from agentkit_pipelines.promotion import Evaluation
 
 COLOURS = '''
 from typing import Literal
@@ -85,3 +90,22 @@ def python(script: str, *arguments: str | Path, timeout: float = 120, **environm
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def finished(folder: Path, version: str, production: str | None) -> Evaluation:
+    """An evaluation that has run, rebuilt from the files it left; so that no kernel is needed to commit it again."""
+    import polars as pl
+    from agentkit_pipelines.gate import Verdict
+    from agentkit_pipelines.promotion import Evaluation
+    from agentkit_tracking import registry
+
+    return Evaluation(
+        version=registry.resolve(version),
+        folder=folder,
+        results=pl.read_parquet(folder / "results.parquet"),
+        verdict=Verdict.model_validate_json((folder / "verdict.json").read_bytes()),
+        production=registry.resolve(production) if production else None,
+        run_id="",
+        attempts=1,
+        evidence=json.loads((folder / "evidence.json").read_text()),
+    )

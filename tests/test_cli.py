@@ -111,7 +111,7 @@ def test_run_shows_route_decision_cost_latency_and_trace(sh):
     assert code == 0
     assert "text: HELLOHELLO" in out
     assert "route shout" in out
-    for word in ("DONE", "USD 0.000000", "planning", "trace tr-"):
+    for word in ("DONE", "USD 0.000000", "planning", "traces?selectedEvaluationId=tr-"):
         assert word in out
 
 

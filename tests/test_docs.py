@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import tomllib
 
-import agentkit
 import pytest
 from conftest import ROOT
+
+import agentkit
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted(p for p in ROOT.glob("**/*.md") if not {".venv", ".agentkit", ".pytest_cache"} & set(p.parts))

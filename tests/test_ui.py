@@ -46,9 +46,10 @@ THRESHOLDS = "system: shout\nconfidence: 0.95\nrules:\n  - {metric: success, at_
 @pytest.fixture
 def server(project: Path, own_home: Path) -> Iterator[str]:
     """A registered, evaluated version and a server that shows it."""
-    from agentkit.examples import Example, write_examples
     from agentkit_pipelines import promotion
     from agentkit_tracking.registry import register_file
+
+    from agentkit.examples import Example, write_examples
 
     (project / "shout.py").write_text(SOURCE)
     (project / "bar.yaml").write_text(THRESHOLDS)
@@ -114,7 +115,9 @@ def test_verdict_is_readable_and_a_click_asks_for_promotion(server, browser):
     from selenium.webdriver.common.keys import Keys
 
     browser.get(f"{server}/#/models/shout/versions/1")
-    page = wait_for(lambda: (text := browser.find_element(By.TAG_NAME, "body").text) and "Gate: pass" in text and text, 40)
+    page = wait_for(
+        lambda: (text := browser.find_element(By.TAG_NAME, "body").text) and "Gate: pass" in text and text, 40
+    )
     assert "Attempt 1 of this system on this golden set." in page
     assert "✓ success is 1, at least" in page
     assert "Promote model" in page

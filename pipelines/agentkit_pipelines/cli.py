@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,6 +153,9 @@ def promote(
         terminal.console().print("no version carries the alias `candidate`")
     codes = []
     for one in chosen:
+        if candidates and (verdict := promotion.judged_alike(_with_thresholds(_plan(one, golden, None), thresholds))):
+            _say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
+            continue
         plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
         plan = _with_thresholds(plan, thresholds)
         with terminal.progress(f"evaluating {plan.version}") as progress:
@@ -215,11 +217,12 @@ def run(
 
     os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
-    system = source.load_entry(source.parse_entry(reference)) if is_file else registry.load(reference)
+    system = source.load_entry(source.parse_entry(reference)) if is_file else registry.load(_in_force(reference))
     names, required = system.input_names()
     inputs: dict[str, Any] = {names[0] if names else "text": text, **_pairs(given or [])}
     for name in sorted(required - inputs.keys()):
         inputs[name] = ""  # a quick try from the shell; an unknown customer, say
+        _fail(f"no {name} given, running with an empty one; give it with -i {name}=…")
     with approve_with(_ask) if approve else nullcontext():
         record = system.run(**inputs)
     if as_json:
@@ -227,6 +230,16 @@ def run(
     else:
         terminal.show_run(record)
     raise typer.Exit(OK if record.state == "DONE" else CRASH)
+
+
+def _in_force(reference: str) -> str:
+    """A bare name means the release in production, or the newest where there is none."""
+    from agentkit_pipelines.promotion import find_production
+
+    if not reference.isidentifier():
+        return reference
+    production = find_production(reference)
+    return reference if production is None else str(production)
 
 
 def _pairs(given: list[str]) -> dict[str, str]:
@@ -257,6 +270,7 @@ def batch(
 
     from agentkit_pipelines.notebook_runner import run_notebook
 
+    reference = _in_force(reference)
     registry.resolve(reference)  # wrong use is said before a kernel starts
     if not source.is_file():
         raise UsageError(f"there is no file {source}")
@@ -375,13 +389,6 @@ def log(
     for row in frame.iter_rows():
         table.add_row(*(terminal.clip(v) if not isinstance(v, int | float) or v is None else f"{v:g}" for v in row))
     terminal.console().print(table)
-
-
-class Format(StrEnum):
-    """How an examples report is printed."""
-
-    text = "text"
-    json = "json"
 
 
 @data_app.command("check")

@@ -38,13 +38,12 @@ def main() -> int:
             "the demo needs the checkout of the project (notebooks/ and data/); clone it and run `make demo`"
         )
     os.chdir(root)
-    home = Path(os.environ.get("AGENTKIT_HOME", root / ".agentkit" / "demo")).resolve()
+    home = root / ".agentkit" / "demo"  # its own, whatever AGENTKIT_HOME says: it is made anew each time
     console.print(Panel.fit("agentkit: a support-triage system on its way to production, and back", style="bold"))
     console.print(
         f"no key, no network: the model is the embedded one (no LLM). Everything is kept in {_short(home, root)}"
     )
-    if home.exists() and home.name == "demo":
-        shutil.rmtree(home)  # its own, from the last time; nothing of the user's is in it
+    shutil.rmtree(home, ignore_errors=True)
     os.environ["AGENTKIT_HOME"] = str(home)
     os.environ["AGENTKIT_TRACES"] = "off"  # evaluations log in bulk; the one run at the end writes its trace
     _story(root, home)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,31 @@ def is_embedded(system: System) -> bool:
     return all(lm.model == EMBEDDED for lm in system.models())
 
 
-def exercised(system: System) -> frozenset[str]:
-    """The rule families the model gives real figures for: a free in-process model proves nothing of cost or latency."""
-    return frozenset() if is_embedded(system) else frozenset({"cost", "latency"})
+def exercised(system: System, results: pl.DataFrame | None = None) -> frozenset[str]:
+    """The rule families that the model gives real figures for.
+
+    A free in-process model proves nothing of cost or latency; nor do `results` without a call that was seen, or cost.
+    """
+    if is_embedded(system):
+        return frozenset()
+    families = {"cost", "latency"}
+    if results is not None:
+        families -= {"cost"} if not results["cost_usd"].sum() else set()
+        families -= {"latency"} if not results["model_calls"].sum() else set()
+    return frozenset(families)
+
+
+def spending_limit(max_usd: float | None) -> Ledger:
+    """One purse for everything that is evaluated together."""
+    return Ledger(Budget(None, None, None, None, max_usd, None))
+
+
+def choose_repeats(system: System, examples: Sequence[Example], max_usd: float | None) -> int:
+    """8 for the free model; for a paid one as many as the limit covers by the estimate, 1 to 8; 3 without a limit."""
+    if is_embedded(system) or max_usd is None:
+        return default_repeats(system)
+    usd = estimate(system, examples, 1).usd
+    return FREE_REPEATS if not usd else max(1, min(FREE_REPEATS, int(max_usd / usd)))
 
 
 def estimate(system: System, examples: Sequence[Example], repeats: int, workers: int | None = None) -> Estimate:
@@ -101,12 +123,14 @@ def evaluate(
     seed: int = 0,
     workers: int | None = None,
     max_usd: float | None = None,
+    ledger: Ledger | None = None,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Run every example `repeats` times and score each run.
 
     Repeat 0 uses the inputs as they are; the others are perturbed by (seed, case, repeat), alike for every version,
     so that versions can be compared pairwise. No cache is used. `progress(done, total)` is called after each run.
+    `max_usd` limits this evaluation; a `ledger` from `spending_limit` limits several together, and takes its place.
 
     Returns:
         One row per case and repeat, sorted: case_id, repeat, task_type, run_id, state, route, error, success,
@@ -126,10 +150,11 @@ def evaluate(
     if any(not e.expected for e in examples):
         unlabelled = [e.id for e in examples if not e.expected]
         raise UsageError(f"{len(unlabelled)} examples have no expected values yet, e.g. {unlabelled[0]!r}; label them")
+    ledger = ledger or spending_limit(max_usd)
+    max_usd = ledger.budget.usd
     if max_usd is not None and (unpriced := [m.model for m in system.models() if getattr(m, "price", None) is None]):
         raise UsageError(f"a USD limit is set but no price is known for {unpriced[0]}; add it to [prices]")
     repeats = repeats or default_repeats(system)
-    ledger = Ledger(Budget(None, None, None, None, max_usd, None))
     jobs = [(example, repeat) for repeat in range(repeats) for example in examples]
 
     def work(job: tuple[Example, int]) -> dict[str, Any]:
@@ -227,7 +252,9 @@ def _frame(rows: list[dict[str, Any]], metrics: dict[str, Metric]) -> pl.DataFra
         # A failed run got nothing right; only a crash of the metric itself leaves a null.
         blank = {bool: False, float: 0.0, str: "(run failed)"}[kind]
         columns[name] = [blank if f else v for v, f in zip(columns[name], failed, strict=True)]
-    text = dict.fromkeys(("case_id", "task_type", "run_id", "state", "route", "error", "metric_errors", "output"), pl.String)
+    text = dict.fromkeys(
+        ("case_id", "task_type", "run_id", "state", "route", "error", "metric_errors", "output"), pl.String
+    )
     frame = pl.DataFrame(
         columns, schema_overrides=text | {"confidence": pl.Float64, "cost_usd": pl.Float64}, strict=False
     )
@@ -237,8 +264,3 @@ def _frame(rows: list[dict[str, Any]], metrics: dict[str, Metric]) -> pl.DataFra
             "agentkit.toml), or the provider reports no token usage"
         )
     return frame.sort("case_id", "repeat")
-
-
-def bad_rows(results: pl.DataFrame) -> Iterator[dict[str, Any]]:
-    """Rows of a dev evaluation that did not succeed, for their author to look at."""
-    return results.filter(~pl.col("success").fill_null(False)).iter_rows(named=True)

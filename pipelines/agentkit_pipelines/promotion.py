@@ -107,10 +107,14 @@ def evaluate(plan: Plan, *, progress: Progress | None = None, say: Say = lambda 
         NotebookFailed: a cell raised; the executed notebook is kept.
     """
     examples = read_examples(plan.golden)
+    if unlabelled := [e.id for e in examples if not e.expected]:
+        raise UsageError(f"{plan.golden}: {len(unlabelled)} cases have no expected values, e.g. {unlabelled[0]!r}")
     thresholds = None if plan.thresholds is None else load_thresholds(plan.thresholds)
     if thresholds is not None and thresholds.system != plan.version.name:
         raise UsageError(f"{plan.thresholds} is for {thresholds.system!r}, not for {plan.version.name!r}")
-    folder, _ = registry.fetch_version(plan.version)
+    folder, manifest = registry.fetch_version(plan.version)
+    if manifest.spec["success"] is None:
+        raise UsageError(f"{plan.version} names no success metric; register it with System(…, success=metric)")
     golden_sha256 = sha256_of(plan.golden)
     production = find_production(plan.version.name)
     compared = production if production is not None and production.release_id != plan.version.release_id else None
@@ -191,6 +195,7 @@ def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> 
         "compared_with": compared.release_id if compared else None,
         "verdict": verdict.verdict if verdict else None,
         "results_sha256": sha256_of(output / _RESULTS),
+        "verdict_sha256": sha256_of(output / _VERDICT) if verdict else None,
         "notebook_sha256": sha256_of(notebook),
         **settings,
     }
@@ -220,6 +225,7 @@ def _log(plan: Plan, output: Path, notebook: Path, compared: Version | None) -> 
         number = str(version.number)
         client.set_model_version_tag(version.name, number, f"{TAG}last_verdict", verdict.verdict)
         client.set_model_version_tag(version.name, number, f"{TAG}evaluation_run", run.info.run_id)
+        client.set_model_version_tag(version.name, number, f"{TAG}judged", _judged_by(plan, compared))
         _redescribe(version, gate=report.verdict_text(verdict, attempts))
     return Evaluation(version, output, results, verdict, compared, run.info.run_id, attempts, evidence)
 
@@ -355,6 +361,23 @@ def _mirror_or_say(version: Version, say: Say) -> None:
         say(f"{version} is in force, but its prompts' aliases are not mirrored ({e}); run agentkit doctor --repair")
 
 
+def _judged_by(plan: Plan, production: Version | None) -> str:
+    bar = sha256_of(plan.thresholds) if plan.thresholds else "none"
+    return f"{sha256_of(plan.golden)} {bar} {production.release_id if production else 'none'}"
+
+
+def judged_alike(plan: Plan) -> str | None:
+    """The verdict, other than pass, that this version already has under the very same conditions; else None.
+
+    A schedule that asks again and again would be given another chance each night.
+    """
+    tags = plan.version.tags or {}
+    verdict = tags.get(f"{TAG}last_verdict")
+    production = find_production(plan.version.name)
+    alike = tags.get(f"{TAG}judged") == _judged_by(plan, production)
+    return verdict if alike and verdict in ("fail", "inconclusive") else None
+
+
 def candidates() -> list[Version]:
     """Every version that carries the alias `candidate`."""
     return [v for name in registry.systems() for v in registry.versions(name) if CANDIDATE in v.aliases]
@@ -409,7 +432,7 @@ def _note(version: Version, event: str, who: str, why: str) -> None:
     when = datetime.now(UTC).isoformat(timespec="seconds")
     said = json.dumps({"who": who, "when": when, "why": why})
     client.set_model_version_tag(version.name, number, f"{TAG}{event}", said)
-    _redescribe(version, line=f"- {event.replace('_', ' ')} {when} by {who}: {why}")
+    _redescribe(version, line=f"- {event.replace('_', ' ')} {when} by {who}: {' '.join(why.split())[:500]}")
 
 
 def _redescribe(version: Version, gate: str | None = None, line: str | None = None) -> None:
@@ -420,7 +443,10 @@ def _redescribe(version: Version, gate: str | None = None, line: str | None = No
     old_gate, mark, release = head.partition(_RELEASE)
     if not mark:  # nobody's but ours begins so; keep what a person wrote
         old_gate, release = "", head
-    history = "\n".join(filter(None, [history.strip(), line]))
-    parts = [gate or old_gate.strip(), mark + release.strip(), f"{_HISTORY}\n{history}" if history else ""]
-    text = "\n\n".join(filter(None, parts))
+    said = "\n\n".join(filter(None, [gate or old_gate.strip(), mark + release.strip()]))
+    lines = [*history.strip().splitlines(), *([line] if line else [])]
+    room = registry.DESCRIPTION_LIMIT - len(said) - len(f"\n\n{_HISTORY}\n")
+    while lines and len("\n".join(lines)) > room:  # the oldest goes first
+        lines.pop(0)
+    text = "\n\n".join([said, f"{_HISTORY}\n" + "\n".join(lines)] if lines else [said])
     client.update_model_version(version.name, number, text[: registry.DESCRIPTION_LIMIT])

@@ -125,7 +125,7 @@ def show_run(record: RunRecord) -> None:
     )
     trace = traces.log_trace(record)
     traces.flush()
-    out.print(f"run {record.run_id} · trace {trace} (`agentkit ui`, experiment {record.system}, Traces)")
+    out.print(f"run {record.run_id} · trace {traces.link(record.system, trace)}", soft_wrap=True)
 
 
 def clip(value: Any) -> str:

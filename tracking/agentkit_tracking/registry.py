@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -439,7 +440,7 @@ class Following:
         self._reference, self._reload_s = reference, reload_s
         self._version = resolve(reference)
         self._system = load_folder(*fetch_version(self._version))
-        self._looked = time.monotonic()
+        self._looked, self._lock = time.monotonic(), threading.Lock()
 
     @property
     def system(self) -> System:
@@ -451,15 +452,16 @@ class Following:
         """
         from mlflow.exceptions import MlflowException
 
-        if time.monotonic() - self._looked >= self._reload_s:
-            try:
-                version = resolve(self._reference)
-                if version.release_id != self._version.release_id:
-                    self._system, self._version = load_folder(*fetch_version(version)), version
-            except MlflowException as e:
-                _log.warning("%s cannot be looked up, %s goes on: %s", self._reference, self._version, e)
-            self._looked = time.monotonic()
-        return self._system
+        with self._lock:
+            if time.monotonic() - self._looked >= self._reload_s:
+                try:
+                    version = resolve(self._reference)
+                    if version.release_id != self._version.release_id:
+                        self._system, self._version = load_folder(*fetch_version(version)), version
+                except MlflowException as e:
+                    _log.warning("%s cannot be looked up, %s goes on: %s", self._reference, self._version, e)
+                self._looked = time.monotonic()
+            return self._system
 
     def run(self, **inputs: Any) -> RunRecord:
         """`System.run` of the release in force."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from agentkit.errors import AgentkitError
 from agentkit.records import RunRecord, Step
-from agentkit_tracking.home import connect, experiment_id
+from agentkit_tracking.home import connect, experiment_id, tracking_uri
 
 _PAUSE_S = 60.0  # after a failure, until the store is tried again
 _paused_until = 0.0
@@ -135,6 +135,13 @@ def _child(parent: Any, start: int, step: Step) -> None:
         status="ERROR" if step.error else "OK",
         end_time_ns=begin + int(step.seconds * 1e9),
     )
+
+
+def link(system: str, trace_id: str) -> str:
+    """Where the MLflow UI shows a trace: on the tracking server, or on `agentkit ui` at its default port."""
+    uri = tracking_uri()
+    base = uri.rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"
+    return f"{base}/#/experiments/{experiment_id(system)}/traces?selectedEvaluationId={trace_id}"
 
 
 def flush() -> None:

@@ -1,0 +1,536 @@
+"""Promotion and rollback: only the gate moves `production`, whole or not at all, and every step can be proven later."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from agentkit_pipelines import cli, comparison, promotion
+from agentkit_pipelines.doctor import examine
+from agentkit_pipelines.promotion import Evaluation, Plan
+from agentkit_tracking import registry
+from agentkit_tracking.home import connect
+from releases import CASES, COLOURS, furnish, python
+
+from agentkit.errors import ReleaseError, UsageError
+from agentkit.examples import Example, sha256_of, write_examples
+
+THRESHOLDS = """
+system: colours
+confidence: 0.95
+rules:
+  - {metric: success, at_least: 0.75}
+  - {metric: success, margin: 0.1, versus: production}
+"""
+# A version with other prompts: two of them, where the first has one.
+PAIR = COLOURS.replace(
+    "\n\ndef system",
+    """
+
+class Pair(dspy.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = dspy.Predict(Colour)
+        self.second = dspy.Predict(Colour.with_instructions("Say it again."))
+
+    def forward(self, text):
+        return self.first(text=text)
+
+
+def system""",
+).replace("dspy.Predict(Colour), name", "Pair(), name")
+SOURCES = {
+    "good": COLOURS,
+    "bad": COLOURS.replace(
+        "- warm: red, orange, sun, fire, desert, lava\n    - cold: blue, ice, sea, snow, winter, frost", ""
+    ),
+    "few": COLOURS + "\n# another release of the same\n",
+    "broken": COLOURS.replace("return prediction.label == ", "return prediction.label or "),
+    "pair": PAIR,
+}
+
+
+@dataclass
+class Said:
+    """What a command ended with, and the aliases of `colours` after it."""
+
+    code: int
+    out: str
+    err: str
+    aliases: dict[str, str]
+
+
+@dataclass
+class Road:
+    """A store in which versions have gone their way, each in a real kernel: 1 promoted, 2 failed, 3 undecided, 4 broken."""
+
+    home: Path
+    project: Path
+    versions: dict[str, registry.Version] = field(default_factory=dict)
+    said: dict[str, Said] = field(default_factory=dict)
+    pair: Evaluation | None = None  # of version 5, which passed and is not promoted yet
+
+
+def agentkit(*arguments: str) -> Said:
+    """The command line, as its entry point runs it."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["agentkit", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return Said(int(ended.value.code or 0), out.getvalue(), err.getvalue(), aliases())
+
+
+def aliases(model: str = "colours") -> dict[str, str]:
+    return {alias: str(number) for alias, number in connect().get_registered_model(model).aliases.items()}
+
+
+def prompts_in_production() -> dict[str, int]:
+    """Every prompt of the system whose alias `production` is set."""
+    names = ("colours.program", "colours.first", "colours.second")
+    found = {name: promotion._prompt_in_production(name) for name in names}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+FIRST, SECOND = {"colours.program": 1}, {"colours.first": 1, "colours.second": 1}
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
+    folder = tmp_path_factory.mktemp("road")
+    project, home = folder / "project", furnish(folder / "home")
+    (project / "data" / "colours").mkdir(parents=True)
+    (project / "thresholds").mkdir()
+    (project / "pyproject.toml").write_text("")
+    (project / "thresholds" / "colours.yaml").write_text(THRESHOLDS)
+    cases = [
+        Example(id=f"{i:02}", inputs={"text": t}, expected={"label": a}, task_type="t")
+        for i, (t, a) in enumerate(CASES)
+    ]
+    write_examples(project / "data" / "colours" / "golden.jsonl", cases)
+    write_examples(project / "few.jsonl", [*cases[:2], *cases[-2:]])
+    made = Road(home, project)
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(project):
+        patch.setenv("AGENTKIT_HOME", str(home))
+        patch.setenv("AGENTKIT_TRACES", "off")
+        patch.setenv("AGENTKIT_AUTHOR", "Ada")
+        for name, text in SOURCES.items():
+            (project / "colours.py").write_text(text)
+            made.versions[name] = registry.register_file("colours.py")
+        connect().set_registered_model_alias("colours", "candidate", "1")
+        made.said["good"] = agentkit("promote", "--candidates", "--repeats", "1")
+        made.said["bad"] = agentkit("promote", "colours/2", "--repeats", "1")
+        made.said["few"] = agentkit("promote", "colours/3", "--repeats", "1", "--golden", "few.jsonl")
+        made.said["broken"] = agentkit("promote", "colours/4", "--repeats", "1")
+        made.pair = promotion.evaluate(plan(made, "pair"))
+        yield made
+
+
+def plan(road: Road, name: str) -> Plan:
+    golden, bar = road.project / "data" / "colours" / "golden.jsonl", road.project / "thresholds" / "colours.yaml"
+    return Plan(registry.resolve(str(road.versions[name])), golden, bar, repeats=1)
+
+
+@pytest.fixture
+def here(road: Road, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluation:
+    """A copy of that store for this test alone: version 1 in production, 5 evaluated; nothing else has happened."""
+    own_home.mkdir()
+    shutil.copy(road.home / "mlflow.db", own_home)
+    monkeypatch.chdir(road.project)
+    monkeypatch.setenv("AGENTKIT_AUTHOR", "Ada")
+    assert road.pair is not None
+    return road.pair
+
+
+def evidence_of(version: registry.Version) -> Path:
+    run_id = (registry.resolve(str(version)).tags or {})["agentkit.evaluation_run"]
+    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="evidence"))
+
+
+def commit(done: Evaluation) -> list[str]:
+    said: list[str] = []
+    promotion._commit(done, said.append)
+    return said
+
+
+# ---- the verdicts
+
+
+@pytest.mark.slow
+def test_on_pass_the_alias_moves_and_the_candidate_is_cleared(road: Road, here: Evaluation) -> None:
+    said = road.said["good"]
+    assert (said.code, said.aliases) == (0, {"production": "1"})
+    assert "colours/1 is now colours@production" in said.out
+    assert "PASS" in said.out
+    assert prompts_in_production() == FIRST
+    tags = registry.resolve("colours/1").tags or {}
+    assert (tags["agentkit.previous"], tags["agentkit.last_verdict"]) == ("none", "pass")
+    assert json.loads(tags["agentkit.promoted"])["who"] == "Ada"
+    assert "- promoted " in connect().get_model_version("colours", "1").description
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "word"), [("bad", 3, "FAIL: nothing moved"), ("few", 4, "INCONCLUSIVE: nothing moved")]
+)
+def test_on_fail_and_inconclusive_nothing_moves_and_the_evidence_is_kept(
+    road: Road, here: Evaluation, name: str, code: int, word: str
+) -> None:
+    said = road.said[name]
+    assert (said.code, said.aliases) == (code, {"production": "1"})
+    assert word in said.out
+    assert prompts_in_production() == FIRST
+    verdict = json.loads((evidence_of(road.versions[name]) / "verdict.json").read_text())["verdict"]
+    assert verdict == {"bad": "fail", "few": "inconclusive"}[name]
+    assert "agentkit.evidence" not in (registry.resolve(str(road.versions[name])).tags or {})
+
+
+def test_a_notebook_that_crashes_is_a_crash_and_is_kept(road: Road, here: Evaluation) -> None:
+    said = road.said["broken"]
+    assert (said.code, said.aliases) == (1, {"production": "1"})
+    assert "the success metric must return True or False, it returned str" in said.err
+    [run] = connect().search_runs(
+        [connect().get_experiment_by_name("colours").experiment_id], "tags.`agentkit.verdict` = 'crash'"
+    )
+    kept = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="evidence"))
+    assert "UsageError" in (kept / "evaluate.ipynb").read_text()
+    assert run.info.status == "FAILED"
+
+
+def test_a_version_is_compared_with_production_on_the_results_that_promoted_it(road: Road, here: Evaluation) -> None:
+    evidence = json.loads((evidence_of(road.versions["bad"]) / "evidence.json").read_text())
+    assert evidence["compared_with"] == road.versions["good"].release_id
+    parameters = json.loads((evidence_of(road.versions["bad"]) / "evaluate.ipynb").read_text())["metadata"][
+        "papermill"
+    ]["parameters"]
+    assert parameters["production_results"].endswith("results.parquet")
+    rules = json.loads((evidence_of(road.versions["bad"]) / "verdict.json").read_text())["rules"]
+    assert {r["id"]: r["status"] for r in rules} == {"success/at_least/0.75": "fail", "success/margin/0.1": "fail"}
+
+
+def test_the_evidence_hashes_what_it_says_and_the_version_hashes_the_evidence(road: Road, here: Evaluation) -> None:
+    version = registry.resolve("colours/1")
+    folder = evidence_of(version)
+    evidence = json.loads((folder / "evidence.json").read_text())
+    files = {
+        "results_sha256": folder / "results.parquet",
+        "notebook_sha256": folder / "evaluate.ipynb",
+        "thresholds_sha256": folder / "thresholds.yaml",
+        "golden_sha256": road.project / "data" / "colours" / "golden.jsonl",
+    }
+    assert {name: evidence[name] for name in files} == {name: sha256_of(file) for name, file in files.items()}
+    assert (version.tags or {})["agentkit.evidence"] == sha256_of(folder / "evidence.json")
+    assert (evidence["release"], evidence["verdict"], evidence["cases"]) == (version.release_id, "pass", len(CASES))
+    assert sha256_of(folder / "manifest.json") == version.release_id
+
+
+def test_attempts_on_one_golden_set_are_counted(road: Road, here: Evaluation) -> None:
+    assert "attempt 1 on this golden set" in road.said["good"].out
+    assert "attempt 2 on this golden set" in road.said["bad"].out
+    assert "attempt 1 on this golden set" in road.said["few"].out  # another set
+    assert here.attempts == 3
+
+
+def test_the_verdict_and_the_figures_are_in_the_mlflow_run(road: Road, here: Evaluation) -> None:
+    run = connect().get_run((registry.resolve("colours/2").tags or {})["agentkit.evaluation_run"])
+    assert run.data.tags["mlflow.note.content"].startswith("### Gate: fail\n\nAttempt 2 of this system")
+    assert run.data.metrics["success"] < 0.75
+    assert run.data.params["cases"] == str(len(CASES))
+    assert {f.path for f in connect().list_artifacts(run.info.run_id)} == {"cases.json", "evidence"}
+    assert mlflow.search_traces(locations=[run.info.experiment_id], return_type="list") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("promote",),
+        ("promote", "colours/1", "--candidates"),
+        ("promote", "colours/9"),
+        ("promote", "colours/1", "--golden", "nowhere.jsonl"),
+        ("promote", "colours/1", "--thresholds", "nowhere.yaml"),
+        ("promote", "colours/1", "--thresholds", "other.yaml"),
+        ("promote", "colours/1", "--repeats", "0"),
+    ],
+)
+def test_wrong_use_ends_with_2_before_a_kernel_starts(road: Road, here: Evaluation, arguments: tuple[str, ...]) -> None:
+    (road.project / "other.yaml").write_text(THRESHOLDS.replace("colours", "flowers"))
+    began = time.monotonic()
+    said = agentkit(*arguments)
+    assert (said.code, said.aliases) == (2, {"production": "1"})
+    assert said.err
+    assert time.monotonic() - began < 5
+
+
+def test_a_schedule_with_nothing_to_promote_ends_well(here: Evaluation) -> None:
+    said = agentkit("promote", "--candidates")
+    assert (said.code, said.out) == (0, "no version carries the alias `candidate`\n")
+
+
+def test_an_altered_release_is_refused_before_a_kernel_starts(road: Road, here: Evaluation) -> None:
+    folder, _ = registry.fetch("colours/5")
+    (folder / "source" / "colours.py").write_text("")
+    with pytest.raises(ReleaseError, match=r"is not intact: altered: source/colours\.py"):
+        promotion.promote(plan(road, "pair"))
+
+
+# ---- the commit
+
+
+def test_a_promotion_remembers_the_previous_production_and_mirrors_its_prompts(here: Evaluation) -> None:
+    assert commit(here)[-1] == "colours/5 is now colours@production"
+    assert aliases() == {"production": "5"}
+    assert (registry.resolve("colours/5").tags or {})["agentkit.previous"] == "1"
+    assert prompts_in_production() == SECOND  # and the prompt that it has no more is in production no more
+
+
+def test_production_that_changed_while_the_version_was_evaluated_is_left_alone(here: Evaluation) -> None:
+    connect().set_registered_model_alias("colours", "production", "2")
+    with pytest.raises(
+        ReleaseError, match="production of colours changed while colours/5 was evaluated; promote it again"
+    ):
+        commit(here)
+    assert aliases() == {"production": "2"}
+
+
+def test_a_wish_made_meanwhile_for_another_version_is_not_taken_away(here: Evaluation) -> None:
+    connect().set_registered_model_alias("colours", "candidate", "5")
+    done = replace(here, version=registry.resolve("colours@candidate"))
+    connect().set_registered_model_alias("colours", "candidate", "3")
+    commit(done)
+    assert aliases() == {"production": "5", "candidate": "3"}
+
+
+def test_a_candidate_that_is_in_production_already_is_granted(here: Evaluation) -> None:
+    commit(here)
+    connect().set_registered_model_alias("colours", "candidate", "5")
+    assert commit(here) == ["colours/5 is in production already"]
+    assert aliases() == {"production": "5"}
+
+
+def test_what_others_would_fetch_is_checked_before_it_is_promoted(road: Road, here: Evaluation) -> None:
+    with (
+        altered_in_the_store(road, "pair"),
+        pytest.raises(ReleaseError, match="store's copy of colours/5 is not intact"),
+    ):
+        commit(here)
+    assert aliases() == {"production": "1"}
+
+
+def test_mirrors_that_cannot_be_set_are_said_and_undo_nothing(
+    here: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(*_: Any) -> None:
+        raise mlflow.exceptions.MlflowException("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "set_prompt_alias", down)
+        said = commit(here)
+    assert "run agentkit doctor --repair" in said[0]
+    assert aliases() == {"production": "5"}
+    assert agentkit("doctor", "--repair").code in (0, 1)  # 1 if this machine lacks something else
+    assert prompts_in_production() == SECOND
+
+
+@contextlib.contextmanager
+def altered_in_the_store(road: Road, name: str) -> Iterator[None]:
+    model = connect().get_logged_model(str(registry.resolve(str(road.versions[name])).model_id))
+    file = Path(model.artifact_location.removeprefix("file://")) / "source" / "colours.py"
+    text = file.read_text()
+    file.write_text(text + "# altered\n")
+    try:
+        yield
+    finally:
+        file.write_text(text)
+
+
+# ---- back
+
+
+def test_a_rollback_restores_the_previous_release_whole(here: Evaluation, record_property: Callable[..., None]) -> None:
+    commit(here)
+    began = time.perf_counter()
+    left, now = promotion.rollback("colours", why="it was rude")
+    record_property("rollback_s", round(time.perf_counter() - began, 3))
+    assert (str(left), str(now), aliases()) == ("colours/5", "colours/1", {"production": "1"})
+    assert prompts_in_production() == FIRST
+    assert registry.load("colours@production").run(text="lava").output["label"] == "warm"
+    note = json.loads((registry.resolve("colours/5").tags or {})["agentkit.rolled_back"])
+    assert (note["who"], note["why"]) == ("Ada", "it was rude")
+    assert connect().get_model_version("colours", "5").description.endswith("by Ada: it was rude")
+
+
+def test_the_command_says_how_soon_running_processes_follow(here: Evaluation) -> None:
+    commit(here)
+    said = agentkit("rollback", "colours", "--why", "it was rude")
+    assert (said.code, said.aliases) == (0, {"production": "1"})
+    assert "Processes that follow the alias change over within 10 s" in " ".join(said.out.split())
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda: None, "colours/1 was the first in production; there is nothing to go back to"),
+        (
+            lambda: connect().delete_registered_model_alias("colours", "production"),
+            "colours has no version in production",
+        ),
+    ],
+    ids=["first", "none"],
+)
+def test_a_rollback_with_nothing_to_go_back_to_is_refused(
+    here: Evaluation, prepare: Callable[[], None], message: str
+) -> None:
+    prepare()
+    before = aliases()
+    with pytest.raises(ReleaseError, match=message):
+        promotion.rollback("colours", why="x")
+    assert aliases() == before
+
+
+@pytest.mark.parametrize("place", ["in the store", "here"])
+def test_a_rollback_to_a_release_that_was_tampered_with_is_refused(road: Road, here: Evaluation, place: str) -> None:
+    commit(here)
+    folder, _ = registry.fetch("colours/1")
+    if place == "here":
+        (folder / "source" / "extra.py").write_text("")
+    with altered_in_the_store(road, "good") if place == "in the store" else contextlib.nullcontext():
+        said = agentkit("rollback", "colours")
+    assert (said.code, said.aliases) == (1, {"production": "5"})
+    assert "is not intact" in said.err
+    assert prompts_in_production() == SECOND
+
+
+def test_a_version_promoted_and_rolled_back_many_times_keeps_a_readable_description(here: Evaluation) -> None:
+    for i in range(40):
+        promotion._note(here.version, "rolled_back", "Ada", f"reason {i} " + "x" * 400)
+    text = connect().get_model_version("colours", "5").description
+    assert len(text) <= registry.DESCRIPTION_LIMIT
+    assert text.startswith("### Gate: pass")
+    assert "### Release" in text
+    assert "reason 39" in text
+
+
+# ---- killed
+
+# Imports everything, then lets children do the work: each is killed before its n-th write to the store.
+KILLER = """
+import os, shutil, signal, sys
+from pathlib import Path
+import mlflow, mlflow.artifacts, mlflow.store.tracking.sqlalchemy_store, mlflow.store.model_registry.sqlalchemy_store
+from agentkit_pipelines import promotion
+from releases import finished
+
+home, evaluated, out, action = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+WRITES = ("set_model_version_tag", "update_model_version", "set_registered_model_alias", "delete_registered_model_alias",
+          "set_prompt_alias", "delete_prompt_alias")
+seen = []
+
+def deadly(original, name, n):
+    def call(*arguments, **options):
+        seen.append(name)
+        if len(seen) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    return call
+
+def work(n):
+    for name in WRITES:
+        setattr(mlflow.MlflowClient, name, deadly(getattr(mlflow.MlflowClient, name), name, n))
+    if action == "promote":
+        promotion._commit(finished(Path(evaluated), "colours/5", "colours/1"), print)
+    else:
+        promotion.rollback("colours", why="test")
+    print("writes", *seen, flush=True)
+
+for n in range(1, 100):
+    copy = out / f"{n:02}"
+    copy.mkdir()
+    shutil.copy(home / "mlflow.db", copy)
+    os.environ["AGENTKIT_HOME"] = str(copy)
+    if (child := os.fork()) == 0:
+        work(n)
+        os._exit(0)
+    ended = os.waitpid(child, 0)[1]
+    print(n, ended, flush=True)
+    if ended == 0:
+        break
+"""
+
+
+def killed_everywhere(here: Evaluation, home: Path, out: Path, action: str) -> list[Path]:
+    """One store per write of the action, as a SIGKILL before it left it, and a last one where it came to its end."""
+    out.mkdir()
+    said = python(KILLER, home, here.folder, out, action, PYTHONPATH=str(Path(__file__).parent)).splitlines()
+    ends = [int(line.split()[1]) for line in said if line[0].isdigit()]
+    assert ends == [signal.SIGKILL] * (len(ends) - 1) + [0]
+    [writes] = [line.split()[1:] for line in said if line.startswith("writes")]
+    assert len(writes) == len(ends) - 1
+    assert "set_registered_model_alias" in writes
+    return sorted(out.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["promote", "rollback"])
+def test_a_process_killed_at_any_write_leaves_one_release_in_force_whole(
+    here: Evaluation, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    connect().set_registered_model_alias("colours", "candidate", "5")
+    if action == "rollback":
+        commit(here)
+    in_force = []
+    for i, home in enumerate(killed_everywhere(here, own_home, tmp_path / "killed", action)):
+        monkeypatch.setenv("AGENTKIT_HOME", str(home))
+        production = registry.resolve("colours@production")
+        in_force.append(production.number)
+        if production.number == 5:  # in force is only what can be proven and taken back
+            assert {"agentkit.evidence", "agentkit.promoted"} <= (production.tags or {}).keys()
+            assert (production.tags or {})["agentkit.previous"] == "1"
+        assert registry.load("colours@production").run(text="lava").output["label"] == "warm"
+        if i % 2:
+            examine(repair=True)
+        else:  # the next promotion, which evaluates it anew against whatever is in production
+            commit(replace(here, production=production))
+            production = registry.resolve("colours/5")
+        assert promotion.mirrors_wrong(production) == {}
+        assert prompts_in_production() == (SECOND if production.number == 5 else FIRST)
+    old, new = (1, 5) if action == "promote" else (5, 1)
+    moved = in_force.index(new)
+    assert in_force == [old] * moved + [new] * (len(in_force) - moved)
+    assert 0 < moved < len(in_force) - 1
+
+
+# ---- what differs
+
+
+def test_a_diff_shows_prompts_settings_and_source(here: Evaluation) -> None:
+    lines = comparison.differences("colours/1", "colours/2")
+    assert "# prompt program" in lines
+    assert "-- warm: red, orange, sun, fire, desert, lava" in lines
+    assert "# file colours.py" in lines
+    pair = comparison.differences("colours/1", "colours/5")
+    assert {"# prompt first", "# prompt program", "# spec", "- program: Predict", "+ program: Pair"} <= set(pair)
+    assert comparison.differences("colours/1", "colours/1") == []
+
+
+# ---- finding
+
+
+def test_golden_set_and_thresholds_are_found_by_the_systems_name(road: Road, here: Evaluation) -> None:
+    assert promotion.find_golden("colours") == road.project / "data" / "colours" / "golden.jsonl"
+    assert promotion.find_golden("flowers") == road.project / "data" / "colours" / "golden.jsonl"  # the only one
+    with pytest.raises(UsageError, match=r"no thresholds for flowers: expected .*thresholds/flowers\.yaml"):
+        promotion.find_thresholds("flowers")
+    (road.project / "data" / "other").mkdir(exist_ok=True)
+    shutil.copy(road.project / "few.jsonl", road.project / "data" / "other" / "golden.jsonl")
+    with pytest.raises(UsageError, match=r"2 golden sets below .*; name one with --golden"):
+        promotion.find_golden("flowers")
