@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -191,15 +190,16 @@ def test_a_batch_killed_in_the_middle_goes_on_and_runs_no_row_twice(measure: reg
         "from pathlib import Path; from agentkit_pipelines.batch import run_batch;"
         "run_batch('measure@production', Path('in.csv'), Path('out.parquet'))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script])
     journal = Path("out.parquet.parts/rows.jsonl")
-    while not journal.exists() or journal.read_bytes().count(b'"run_id"') < 20:
-        assert process.poll() is None, "the batch ended"
-        time.sleep(0.02)
-    with pytest.raises(UsageError, match="another process is at this batch"):
-        batch("in.csv")
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", script]) as process:
+        try:
+            while not journal.exists() or journal.read_bytes().count(b'"run_id"') < 20:
+                assert process.poll() is None, "the batch ended"
+                time.sleep(0.02)
+            with pytest.raises(UsageError, match="another process is at this batch"):
+                batch("in.csv")
+        finally:
+            process.send_signal(signal.SIGKILL)
     assert not Path("out.parquet").exists()
     Path("go").touch()
     given = batch("in.csv")
@@ -215,6 +215,8 @@ def test_a_line_torn_by_the_kill_is_run_again() -> None:
         batch("in.csv", progress=stop_at(3))
     journal = Path("out.parquet.parts/rows.jsonl")
     journal.write_bytes(journal.read_bytes()[:-20])
+    with pytest.raises(Stopped):
+        batch("in.csv", progress=stop_at(4))
     given = batch("in.csv")
     assert given["length"].to_list() == [5] * 5
     assert runs()["text"].to_list() == ["row 0", "row 1", "row 2", "row 2", "row 3", "row 4"]

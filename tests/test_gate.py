@@ -123,7 +123,7 @@ def test_without_production_the_comparison_does_not_apply() -> None:
     rule = Rule(metric="success", margin=0.05, versus="production")
     found = decide(frame(share(0.9)), rule, Rule(metric="success", at_least=0.8))
     assert (found.verdict, found.rules[0].status) == ("pass", "not_applicable")
-    assert "no version is in production" in found.rules[0].text
+    assert "no other version in production" in found.rules[0].text
     assert decide(frame(share(0.9)), rule).verdict == "inconclusive"
 
 

@@ -93,6 +93,14 @@ def test_tuning_makes_another_id(project: Path, change: Callable[[ak.System], An
     assert build(bare, entry)[0].release_id != build(tuned, entry)[0].release_id
 
 
+def test_the_order_of_settings_is_no_part_of_it(tmp_path: Path) -> None:
+    plain = PROJECT["agentkit.toml"].replace("temperature = 0.2\n", "temperature = 0.2\ntop_p = 0.9\n")
+    turned = PROJECT["agentkit.toml"].replace("temperature = 0.2\n", "top_p = 0.9\ntemperature = 0.2\n")
+    first, second = (release_of(tmp_path / n, PROJECT | {"agentkit.toml": t}) for n, t in (("a", plain), ("b", turned)))
+    assert list(first.parameters) != list(second.parameters)
+    assert first.release_id == second.release_id
+
+
 def test_git_is_no_part_of_it(tmp_path: Path) -> None:
     before = release_of(tmp_path / "repo")
     for arguments in (

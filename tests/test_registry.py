@@ -260,28 +260,33 @@ def test_a_source_that_builds_something_else_in_another_environment_is_refused(
 
 
 def test_two_processes_that_fetch_at_once_both_get_the_whole_release(colours: Path, own_home: Path) -> None:
-    registry.register(fitted(colours), colours)
+    system = load_entry(parse_entry(colours))
+    (colours.parent / "facts").mkdir()
+    system.files = tuple(colours.parent / "facts" / f"{i:03}.txt" for i in range(200))
+    for file in system.files:
+        file.write_text(file.name)
+    registry.store(system, parse_entry(colours))
     script = """
 import os, shutil, sys, time
 from pathlib import Path
 import mlflow.artifacts, mlflow.store.tracking.sqlalchemy_store  # before the fork; the database is opened after it
 from agentkit_tracking import registry
 releases = Path(sys.argv[1])
-for _ in range(4):
+for late in (0, 0.02, 0.05, 0.1, 0.2):
     shutil.rmtree(releases, ignore_errors=True)
     start = time.time() + 0.5
     children = []
-    for _ in range(2):
+    for wait in (0, late):
         if (child := os.fork()) == 0:
             version = registry.resolve("colours/1")
-            time.sleep(max(0, start - time.time()))
+            time.sleep(max(0, start + wait - time.time()))
             registry.fetch_version(version)
             os._exit(0)
         children.append(child)
     print(*(os.waitpid(child, 0)[1] for child in children), len(list(releases.iterdir())))
 """
     rounds = python(script, own_home / "releases").splitlines()
-    assert rounds == ["0 0 1"] * 4  # both succeed, and nothing but the release is left
+    assert rounds == ["0 0 1"] * 5  # both succeed, and nothing but the release is left
 
 
 def test_a_release_whose_artifacts_are_gone_is_said_and_leaves_nothing(colours: Path, own_home: Path) -> None:
@@ -292,12 +297,18 @@ def test_a_release_whose_artifacts_are_gone_is_said_and_leaves_nothing(colours: 
     assert list((own_home / "releases").iterdir()) == []
 
 
-def test_a_fetched_copy_that_was_altered_is_refused_by_its_place(colours: Path, own_home: Path) -> None:
-    version = registry.register_file(colours)
-    folder, _ = registry.fetch("colours/1")
+def test_a_fetched_copy_that_was_altered_is_set_aside_and_fetched_anew(
+    colours: Path, own_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.register_file(colours)
+    folder, manifest = registry.fetch("colours/1")
     edit(folder / "source" / "colours.py", "lava", "magma")
-    with pytest.raises(ReleaseError, match=f"{version.release_id[:12]} of colours in {folder} is not intact: altered"):
-        registry.load("colours/1")
+    again, same = registry.fetch("colours/1")
+    assert (again, same) == (folder, manifest)
+    assert "lava" in (folder / "source" / "colours.py").read_text()
+    assert "is not intact: altered: source/colours.py" in caplog.text
+    (aside,) = (own_home / "releases").glob("damaged-*")
+    assert "magma" in (aside / "source" / "colours.py").read_text()
 
 
 def test_artifacts_altered_in_the_store_are_refused(colours: Path, own_home: Path) -> None:

@@ -308,6 +308,7 @@ def test_releases_keep_their_own_helpers_of_the_same_name(shop: Path) -> None:
     systems = [registry.load(str(version)) for version in (first, second)]
     texts = [system.run(ticket="a question about order 12").output["text"] for system in systems]
     assert [text.split(",")[0] for text in texts] == ["Dear customer", "Hello"]
+    assert {"texts", "prices"} & sys.modules.keys() == set()  # nobody else gets them by chance
 
 
 @pytest.mark.usefixtures("store", "live")
@@ -388,6 +389,17 @@ def test_prompts_demonstrations_and_what_an_optimiser_leaves_are_state(shop: Pat
     predictor.demos = [dspy.Example(ticket="paid twice", action="refund").with_inputs("ticket")]
     system.agents["refunds"].trial_logs = {"score": 0.9}
     assert differences(system, parse_entry(shop)) == []
+
+
+def test_what_is_changed_on_the_instance_is_found(shop: Path, live: dict[str, Any]) -> None:
+    system = live["system"]()
+    agent = system.agents["refunds"]
+    agent.cutoff = 0.9
+    agent.execute = lambda run, plan, **inputs: None
+    agent.decide.config = {"temperature": 1.5}
+    found = "\n".join(differences(system, parse_entry(shop)))
+    for name in ("cutoff", "execute", "temperature"):
+        assert name in found
 
 
 def test_a_model_pinned_in_the_notebook_only_is_shown(shop: Path, live: dict[str, Any]) -> None:

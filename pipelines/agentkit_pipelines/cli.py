@@ -44,7 +44,8 @@ def main() -> None:
         app()
     except AgentkitError as e:
         _fail(str(e))
-        sys.exit(WRONG_USE if isinstance(e, UsageError) else CRASH)
+        wrong = isinstance(e, UsageError) or getattr(e, "error_name", "") in ("UsageError", "DataError", "ModelError")
+        sys.exit(WRONG_USE if wrong else CRASH)
     except KeyboardInterrupt:
         _fail("stopped")
         sys.exit(130)

@@ -23,6 +23,32 @@ from agentkit.systems import System
 
 FREE_REPEATS = 8  # of a model that costs nothing
 PAID_REPEATS = 3
+# Of the results, beside the system's own metrics.
+RESULT_COLUMNS = frozenset(
+    [
+        "case_id",
+        "repeat",
+        "task_type",
+        "run_id",
+        "state",
+        "route",
+        "error",
+        "task_failure",
+        "escalated",
+        "confidence",
+        "cost_usd",
+        "latency_s",
+        "planning_s",
+        "execution_s",
+        "reflection_s",
+        "tokens_in",
+        "tokens_out",
+        "model_calls",
+        "tool_calls",
+        "metric_errors",
+        "output",
+    ]
+)
 _SECONDS_PER_CALL = 1.0  # assumed of a provider's model when estimating minutes
 _PROBES = 12
 Progress = Callable[[int, int], None]
@@ -182,12 +208,14 @@ def metrics_of(system: System) -> dict[str, Metric]:
     """The system's metrics by name, success first.
 
     Raises:
-        UsageError: two share a name.
+        UsageError: two share a name, or one has the name of a column of the results.
     """
     named = [(getattr(m, "__name__", type(m).__name__), m) for m in system.metrics]
     names = [name for name, _ in named]
     if len(set(names)) < len(names) or "success" in names:
         raise UsageError(f"metric names must differ and not be `success`: {names}; pass name=… to the ready ones")
+    if taken := sorted(RESULT_COLUMNS & set(names)):
+        raise UsageError(f"a metric cannot be called {taken[0]!r}, the results have a column of that name; pass name=…")
     assert system.success is not None
     return {"success": system.success, **dict(named)}
 
@@ -211,7 +239,8 @@ def _score(system: System, example: Example, record: RunRecord) -> dict[str, Any
         "error": record.error,
         "task_failure": failed,
         "escalated": output.get("action") == "escalate" or any(s.kind == "approval" for s in record.steps),
-        "confidence": float(confidence) if isinstance(confidence, int | float) else None,
+        # What is no probability is no confidence.
+        "confidence": float(confidence) if isinstance(confidence, int | float) and 0 <= confidence <= 1 else None,
         "cost_usd": record.usd,
         "latency_s": record.seconds - record.waited_s,
         **{f"{phase}_s": record.phases[phase] for phase in ("planning", "execution", "reflection")},
@@ -221,7 +250,7 @@ def _score(system: System, example: Example, record: RunRecord) -> dict[str, Any
         "tool_calls": record.tool_calls,
         **scores,
         "metric_errors": "; ".join(errors) or None,
-        "output": json.dumps(output, ensure_ascii=False),
+        "output": json.dumps(output, ensure_ascii=False).encode("utf-8", "replace").decode(),
     }
 
 
@@ -243,7 +272,11 @@ def _frame(rows: list[dict[str, Any]], metrics: dict[str, Metric]) -> pl.DataFra
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     failed = columns["task_failure"]
     for name in metrics:
+        if name == "success":
+            columns[name] = [bool(v) if v in (0.0, 1.0) else v for v in columns[name]]
         kinds = {type(v) for v in columns[name] if v is not None}
+        if kinds == {bool, float}:  # `return False` early and a score later
+            columns[name], kinds = [None if v is None else float(v) for v in columns[name]], {float}
         if len(kinds) > 1:
             raise UsageError(f"metric {name!r} returned values of different kinds: {sorted(k.__name__ for k in kinds)}")
         kind = kinds.pop() if kinds else bool

@@ -212,7 +212,7 @@ def _untestable(
     if family and family not in exercised:
         return "not_exercised", f"was not tested: the model in use does not exercise {family}"
     if rule.versus and old is None:
-        return "not_applicable", "was not compared: no version is in production yet"
+        return "not_applicable", "was not compared: there is no other version in production"
     crashed = int(np.isnan(sum(columns)).sum())
     if crashed:
         return (

@@ -7,11 +7,13 @@ it leaves mirrors that the next promotion or `agentkit doctor --repair` sets rig
 
 from __future__ import annotations
 
+import difflib
 import getpass
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,17 +22,19 @@ from typing import Any
 import polars as pl
 from agentkit_tracking import registry
 from agentkit_tracking.home import connect, experiment_id, home, project_root
-from agentkit_tracking.manifest import MANIFEST
+from agentkit_tracking.manifest import MANIFEST, Manifest
 from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
 
-from agentkit.errors import BudgetExceeded, ReleaseError, UsageError
+from agentkit.errors import BudgetExceeded, ReleaseError, UnknownReference, UsageError
 from agentkit.examples import read_examples, sha256_of
 from agentkit_pipelines import report
+from agentkit_pipelines.evaluation import RESULT_COLUMNS
 from agentkit_pipelines.gate import Verdict
 from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_notebook
-from agentkit_pipelines.thresholds import load_thresholds
+from agentkit_pipelines.thresholds import COST_PER_SUCCESS, Thresholds, load_thresholds
 
 Say = Callable[[str], None]
+_STACK = f"{TAG}production_before"
 _RELEASE, _HISTORY = "### Release ", "### History\n"
 _RESULTS, _VERDICT, _SETTINGS, _EVIDENCE = "results.parquet", "verdict.json", "settings.json", "evidence.json"
 _THRESHOLDS = "thresholds.yaml"
@@ -115,6 +119,7 @@ def evaluate(plan: Plan, *, progress: Progress | None = None, say: Say = lambda 
     folder, manifest = registry.fetch_version(plan.version)
     if manifest.spec["success"] is None:
         raise UsageError(f"{plan.version} names no success metric; register it with System(…, success=metric)")
+    _check_metrics(thresholds, manifest)
     golden_sha256 = sha256_of(plan.golden)
     production = find_production(plan.version.name)
     compared = production if production is not None and production.release_id != plan.version.release_id else None
@@ -142,6 +147,15 @@ def evaluate(plan: Plan, *, progress: Progress | None = None, say: Say = lambda 
     if sha256_of(plan.golden) != golden_sha256:
         raise UsageError(f"{plan.golden} changed while {plan.version} was evaluated on it; evaluate again")
     return _log(plan, output, notebook, compared)
+
+
+def _check_metrics(thresholds: Thresholds | None, manifest: Manifest) -> None:
+    """A rule about a metric that the system does not have is found before anything is run."""
+    known = {"success", COST_PER_SUCCESS, *manifest.spec["metrics"], *RESULT_COLUMNS}
+    if thresholds is not None and (unknown := [r.metric for r in thresholds.rules if r.metric not in known]):
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"the thresholds name a metric {unknown[0]!r} that {manifest.system} does not have{hint}")
 
 
 def _output_folder(version: Version) -> Path:
@@ -287,6 +301,12 @@ def promote(plan: Plan, *, progress: Progress | None = None, say: Say = lambda _
 
 
 def _commit(done: Evaluation, say: Say) -> None:
+    registry.check_stored(done.version)
+    with _one_at_a_time(done.version.name):
+        _move(done, say)
+
+
+def _move(done: Evaluation, say: Say) -> None:
     client, version = connect(), done.version
     before = find_production(version.name)
     if before is not None and before.release_id == version.release_id:
@@ -296,16 +316,46 @@ def _commit(done: Evaluation, say: Say) -> None:
         return
     if (before and before.release_id) != (done.production and done.production.release_id):
         raise ReleaseError(f"production of {version.name} changed while {version} was evaluated; promote it again")
-    registry.check_stored(version)
     number = str(version.number)
     evidence = sha256_of(done.folder / _EVIDENCE)
     client.set_model_version_tag(version.name, number, f"{TAG}evidence", evidence)
     client.set_model_version_tag(version.name, number, f"{TAG}previous", str(before.number) if before else "none")
-    _note(version, "promoted", _who(), f"evidence {evidence[:12]}")
+    _remember(version.name, [*_earlier(version.name, before), *([before.number] if before else [])])
     client.set_registered_model_alias(version.name, PRODUCTION, number)  # the commit point
+    _note(version, "promoted", _who(), f"evidence {evidence[:12]}")
     _mirror_or_say(version, say)
     _clear_candidate(version)
     say(f"{version} is now {version.name}@{PRODUCTION}")
+
+
+@contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Promotions and rollbacks of one system from this home wait for each other."""
+    path = home() / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: one promotion at a time is up to the caller
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a kill
+        yield
+
+
+def _earlier(name: str, production: Version | None) -> list[int]:
+    """The versions that were in production before the present one, oldest first.
+
+    Written before the alias moves; the present one at the end is what a move that was cut off left there.
+    """
+    found = json.loads(connect().get_registered_model(name).tags.get(_STACK, "[]"))
+    while found and production is not None and found[-1] == production.number:
+        found.pop()
+    return [int(number) for number in found]
+
+
+def _remember(name: str, earlier: list[int]) -> None:
+    connect().set_registered_model_tag(name, _STACK, json.dumps(earlier[-50:]))
 
 
 def _clear_candidate(version: Version) -> None:
@@ -400,20 +450,26 @@ def rollback(name: str, *, why: str, who: str | None = None, say: Say = lambda _
     Raises:
         ReleaseError: nothing is in production, there is no previous one, or it is not intact; nothing moved.
     """
+    with _one_at_a_time(name):
+        return _roll_back(name, why, who or _who(), say)
+
+
+def _roll_back(name: str, why: str, who: str, say: Say) -> tuple[Version, Version]:
     current = find_production(name)
     if current is None:
-        raise ReleaseError(f"{name} has no version in production; there is nothing to roll back")
-    previous = (current.tags or {}).get(f"{TAG}previous", "none")
-    if previous == "none":
-        raise ReleaseError(
+        raise UnknownReference(f"{name} has no version in production; there is nothing to roll back")
+    earlier = _earlier(name, current)
+    if not earlier:
+        raise UnknownReference(
             f"{current} was the first in production; there is nothing to go back to. Promote another version, or take "
             f"the alias away in the MLflow UI to stop it"
         )
-    target = registry.resolve(f"{name}/{previous}")
+    target = registry.resolve(f"{name}/{earlier[-1]}")
     registry.fetch_version(target)  # whole and unaltered, here and where others fetch it, before anything moves
     registry.check_stored(target)
-    _note(current, "rolled_back", who or _who(), why)
     connect().set_registered_model_alias(name, PRODUCTION, str(target.number))
+    _remember(name, earlier[:-1])
+    _note(current, "rolled_back", who, why)
     _mirror_or_say(target, say)
     say(f"{name}@{PRODUCTION} is {target} again")
     return current, target

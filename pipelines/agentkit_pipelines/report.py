@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from agentkit_pipelines import stats
+from agentkit_pipelines.evaluation import RESULT_COLUMNS
 from agentkit_pipelines.gate import RuleResult, Verdict
 
 if TYPE_CHECKING:
@@ -16,16 +17,12 @@ if TYPE_CHECKING:
 
 CONFIDENCE = 0.95
 PHASES = ("planning_s", "execution_s", "reflection_s")
-_FIXED = {
-    "case_id", "repeat", "task_type", "run_id", "state", "route", "error", "task_failure", "escalated", "confidence",
-    "cost_usd", "latency_s", *PHASES, "tokens_in", "tokens_out", "model_calls", "tool_calls", "metric_errors", "output",
-}  # fmt: skip
 SYMBOL = {"pass": "✓", "fail": "✗", "inconclusive": "?", "not_applicable": "–", "not_exercised": "○"}
 
 
 def metric_names(results: pl.DataFrame) -> list[str]:
     """The columns of the system's own metrics, success first."""
-    return [c for c in results.columns if c not in _FIXED]
+    return [c for c in results.columns if c not in RESULT_COLUMNS]
 
 
 def summarise(results: pl.DataFrame) -> pl.DataFrame:

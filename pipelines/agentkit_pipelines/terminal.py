@@ -47,11 +47,17 @@ def show_summary(done: Evaluation) -> None:
     )
     for row in report.summarise(done.results).iter_rows(named=True):
         name = row["metric"] + (f" · {row['group']}" if row["group"] else "")
-        low, high = row["low"], row["high"]
-        table.add_row(name, figure(row["estimate"], row["unit"]), "" if low is None else f"{low:.3g} – {high:.3g}")
+        table.add_row(name, figure(row["estimate"], row["unit"]), _interval(row["low"], row["high"]))
     out = console()
     out.print(table)
     out.print(f"executed notebook, results and plots: {short(done.folder)}")
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """Too few cases leave a side open, as that of a 95th percentile."""
+    if low is None and high is None:
+        return ""
+    return f"{'−∞' if low is None else f'{low:.3g}'} – {'∞' if high is None else f'{high:.3g}'}"
 
 
 def figure(value: float | None, unit: str) -> str:
@@ -69,6 +75,7 @@ def short(path: Path) -> str:
 
 def show_verdict(done: Evaluation) -> None:
     """The gate's table and its verdict."""
+    from rich.markup import escape
     from rich.table import Table
 
     from agentkit_pipelines.report import SYMBOL
@@ -76,14 +83,13 @@ def show_verdict(done: Evaluation) -> None:
     assert done.verdict is not None
     colors = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
     table = Table("", "what was found", title=f"gate for {done.version}", show_lines=False)
-    quiet = 0
     for rule in done.verdict.rules:
         if rule.status in ("not_exercised", "not_applicable") and rule.group is not None:
-            quiet += 1
             continue
         color = colors.get(rule.status, "dim") if rule.level == "block" or rule.status == "pass" else "yellow"
         table.add_row(
-            f"[{color}]{SYMBOL[rule.status]}[/{color}]", rule.text + (" (warning only)" if rule.level == "warn" else "")
+            f"[{color}]{SYMBOL[rule.status]}[/{color}]",
+            escape(rule.text) + (" (warning only)" if rule.level == "warn" else ""),
         )
     out = console()
     out.print(table)
@@ -103,6 +109,7 @@ def show_verdict(done: Evaluation) -> None:
 def show_run(record: RunRecord) -> None:
     """A run's steps, output, cost and trace."""
     from agentkit_tracking import traces
+    from rich.markup import escape
     from rich.table import Table
 
     out = console()
@@ -112,12 +119,14 @@ def show_run(record: RunRecord) -> None:
     for step in record.steps:
         result = step.error or (step.inputs if step.kind == "decision" else step.outputs)
         what = f"→ {step.name}" if step.kind == "transition" else f"{step.kind} {step.name}"
-        table.add_row(f"{step.started:.3f}", step.state, what, clip(result))
+        # A transition is taken when the state it leaves has lasted its time.
+        at = step.started + (step.seconds if step.kind == "transition" else 0)
+        table.add_row(f"{at:.3f}", step.state, escape(what), clip(result))
     out.print(table)
     for name, value in (record.output or {}).items():
-        out.print(f"[bold]{name}[/bold]: {value}", markup=True)
+        out.print(f"[bold]{escape(name)}[/bold]: {escape(str(value))}")
     if record.error:
-        out.print(f"[red]{record.state}: {record.error}[/red]", markup=True)
+        out.print(f"[red]{record.state}: {escape(record.error)}[/red]")
     phases = ", ".join(f"{k} {v:.3f} s" for k, v in record.phases.items())
     out.print(
         f"route [bold]{record.route}[/bold] · {record.state} · USD {record.usd:.6f} · {record.model_calls} model calls, "

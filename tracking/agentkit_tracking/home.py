@@ -62,12 +62,16 @@ def connect() -> MlflowClient:
 @cache
 def _connect(uri: str, folder: str) -> MlflowClient:
     prepare_environment()
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"{folder} cannot be made ({e.strerror}); set AGENTKIT_HOME to a folder that can") from e
     # Creating the local database logs a hundred lines of migrations that mean nothing to a user.
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking._model_registry"):
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     for name in (
         "mlflow.store.db.utils",
@@ -76,8 +80,8 @@ def _connect(uri: str, folder: str) -> MlflowClient:
         "mlflow.tracing.export.async_export_queue",  # "may take a while", at every exit
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
-    client = mlflow.MlflowClient(uri)
     try:
+        client = mlflow.MlflowClient(uri)
         client.search_experiments(max_results=1)
     except MlflowException as e:
         reason = str(e).splitlines()[0].rpartition("Caused by ")[2][:200]
@@ -85,6 +89,8 @@ def _connect(uri: str, folder: str) -> MlflowClient:
             f"MLflow at {uri} does not answer ({reason}); start it (`agentkit ui`), or unset MLFLOW_TRACKING_URI "
             "to use the local store"
         ) from e
+    except (ImportError, OSError, SQLAlchemyError) as e:
+        raise UsageError(f"MLflow's store {uri} cannot be opened ({str(e).splitlines()[0]}); check its address") from e
     return client
 
 

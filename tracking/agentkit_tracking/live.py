@@ -34,7 +34,11 @@ _SHOWN = 20  # differences; a person mends them from the top
 _NUMBERS = (int, float, complex, Decimal, Fraction)
 _SCALARS = (*_NUMBERS, str, bytes, range, PurePath, date, time, timedelta, UUID, type(None), type(...))
 # What dspy.Module itself keeps on an instance.
-_NOT_ATTRIBUTES = frozenset({"callbacks", "history"})
+# DSPy's own, and what its optimisers leave on a program.
+_NOT_ATTRIBUTES = frozenset(
+    "callbacks history candidate_programs mb_candidate_programs trial_logs total_calls prompt_model_total_calls "
+    "detailed_results results_latest results_best score simba_idx flag_compilation_error_occurred".split()
+)
 _ATTRIBUTE = " (attribute)"
 _Parts = dict[str, FunctionType | str]
 
@@ -59,8 +63,6 @@ def _changed_parts(disk: _Parts, live: _Parts) -> Iterator[str]:
         if any(name.startswith(f"{function} → ") for function in changed):
             continue  # another body uses other names: its own diff says so
         a, b = disk.get(name), live.get(name)
-        if a is None and name.endswith(_ATTRIBUTE):
-            continue  # an optimiser left it
         if a is None or b is None:
             yield f"{name}: only {'in the live system' if a is None else 'on disk'}"
         elif isinstance(a, str) or isinstance(b, str):
@@ -81,6 +83,7 @@ def _shapes(system: System) -> dict[str, Any]:
     return {
         short_name(path): {
             "model": getattr(p.lm, "model", None),
+            "config": {name: repr(value) for name, value in p.config.items()},
             "inputs": {name: _type(f.annotation) for name, f in p.signature.input_fields.items()},
             "outputs": {name: _type(f.annotation) for name, f in p.signature.output_fields.items()},
         }
@@ -151,8 +154,12 @@ class _Collector:
     def attributes(self, label: str, module: Any) -> None:
         """Plain values on an instance."""
         for name, value in vars(module).items():
-            if not name.startswith("_") and name not in _NOT_ATTRIBUTES and (text := _plain(value)) is not None:
+            if name.startswith("_") or name in _NOT_ATTRIBUTES:
+                continue
+            if (text := _plain(value)) is not None:
                 self.found.setdefault(f"{label}.{name}{_ATTRIBUTE}", text)
+            elif callable(value) and callable(getattr(type(module), name, None)):
+                self.found.setdefault(f"{label}.{name}{_ATTRIBUTE}", "a function in place of the class's own")
 
     def _each(self, label: str, values: dict[Any, Any]) -> None:
         for key, value in values.items():

@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ def register_file(target: str | Path, prepare: str | None = None) -> Version:
     system = load_entry(entry)
     if prepare is not None:
         system = prepared(system, entry, prepare)
+        if found := differences(system, entry):
+            raise SourceError(
+                f"{prepare} changed what a release does not hold (it holds prompts, demonstrations and weights); put it "
+                "into the source:\n" + "\n".join(found)
+            )
     return store(system, entry)
 
 
@@ -325,6 +331,13 @@ def fetch(reference: str | Path) -> tuple[Path, Manifest]:
 def fetch_version(version: Version) -> tuple[Path, Manifest]:
     """`fetch` for a version that is already resolved."""
     folder = home() / "releases" / version.release_id
+    if folder.exists():
+        try:
+            return folder, _checked(version, folder)
+        except ReleaseError as e:
+            aside = folder.with_name(f"damaged-{uuid.uuid4().hex[:8]}-{folder.name[:12]}")
+            _log.warning("the local copy of %s is damaged (%s); it is kept as %s and fetched anew", version, e, aside)
+            os.replace(folder, aside)
     if not folder.exists():
         with _downloaded(version) as got:
             try:

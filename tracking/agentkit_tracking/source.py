@@ -90,8 +90,12 @@ def load_entry(entry: Entry) -> System:
 def adopt_from(program: Any, entry: Entry) -> System:
     """`agentkit.adopt`, with a name after the entry for a program that has none of its own."""
     system = adopt(program)
-    if isinstance(system, Adopted) and system is not program and not inspect.isfunction(program):
-        # `Predict` or `ChainOfThought` would say nothing.
+    if (
+        isinstance(system, Adopted)
+        and system is not program
+        and getattr(program, "__name__", DEFAULT_NAME) == DEFAULT_NAME
+    ):
+        # `Predict`, `ChainOfThought` or `system` would say nothing.
         system.name = re.sub(r"\W", "_", entry.file.stem if entry.name == DEFAULT_NAME else entry.name)
     return system
 
