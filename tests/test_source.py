@@ -15,7 +15,7 @@ import dspy
 import pytest
 from agentkit_tracking import registry
 from agentkit_tracking.live import differences
-from agentkit_tracking.source import collect_files, load_entry, parse_entry
+from agentkit_tracking.source import adopt_from, collect_files, load_entry, parse_entry
 from releases import COLOURS, store  # noqa: F401  (a fixture)
 
 import agentkit as ak
@@ -415,8 +415,8 @@ def test_many_differences_are_cut_short(project: Path, namespace: dict[str, Any]
     lines = [f"{name} = {{}}" for name in names]
     text = "\n".join([*lines, "def system(x):", f"    return [{', '.join(names)}]", ""])
     (project / "entry.py").write_text(text.format(*[0] * 40))
-    system = ak.adopt(run_cell(text.format(*[1] * 40), namespace)["system"])
-    found = differences(system, parse_entry("entry.py"))
+    entry = parse_entry("entry.py")
+    found = differences(adopt_from(run_cell(text.format(*[1] * 40), namespace)["system"], entry), entry)
     assert (len(found), found[-1]) == (21, "… and 20 more")
 
 

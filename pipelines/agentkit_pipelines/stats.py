@@ -237,7 +237,7 @@ class Ratio:
         return int(self.costs.shape[-1])
 
     def p_above(self, limit: float) -> Array:
-        pad = np.ones_like(self.costs[..., :2])
+        pad = np.ones((*self.costs.shape[:-1], 2))
         costs = np.concatenate([self.costs, pad * self.costs.mean(-1, keepdims=True)], axis=-1)
         wins = np.concatenate([self.successes, pad * self.counts.mean(-1, keepdims=True) * [1, 0]], axis=-1)
         return mean(costs - limit * wins, np.ones_like(costs)).p_above(0.0)
