@@ -32,7 +32,7 @@ bench: setup-dev ## speed and model quality as ratios in one run; DATA=folder ad
 	@$(BIN)/python tests/benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
 soak: setup-dev ## the long forms of the kill and simulation tests
-	@AGENTKIT_SOAK=1 $(BIN)/python -m pytest $(TEST_ARGS)
+	@AGENTKIT_SOAK=1 $(BIN)/python -m pytest --timeout=7200 $(TEST_ARGS)
 
 lab: setup-dev ## JupyterLab on notebooks/
 	@$(BIN)/jupyter lab --notebook-dir notebooks

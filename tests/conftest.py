@@ -12,6 +12,13 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow, not wrong. `make soak` searches for longer.
+settings.register_profile("ci", deadline=None)
+settings.register_profile("soak", deadline=None, max_examples=2_000)
+SOAK = bool(os.environ.get("AGENTKIT_SOAK"))
+settings.load_profile("soak" if SOAK else "ci")
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "support_triage.py"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import agentkit as ak
 import numpy as np
 import pytest
-from agentkit.errors import UsageError
-from agentkit.examples import Example
 from agentkit_pipelines import report, terminal
 from agentkit_pipelines.evaluation import choose_repeats, evaluate, exercised
 from agentkit_pipelines.gate import judge
 from agentkit_pipelines.thresholds import Rule, Thresholds
+
+import agentkit as ak
+from agentkit.errors import UsageError
+from agentkit.examples import Example
 
 CASES = [
     Example(id=f"c{i:02d}", inputs={"text": f"please tell me about number {i} now"}, expected={"n": i}, task_type="t")
@@ -123,7 +124,7 @@ def test_text_that_is_no_unicode_costs_no_evaluation(tmp_path):
 
 def test_unlabelled_cases_are_refused():
     case = Example(id="x", inputs={"text": "a"}, expected={}, task_type="t")
-    with pytest.raises(UsageError, match="1 examples have no expected values yet, e.g. 'x'"):
+    with pytest.raises(UsageError, match="1 examples have no expected values yet"):
         evaluate(system(), [case], repeats=1)
 
 

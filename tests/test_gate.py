@@ -12,11 +12,12 @@ import pytest
 from agentkit_pipelines import stats
 from agentkit_pipelines.gate import RuleResult, Verdict, judge
 from agentkit_pipelines.thresholds import Rule, Thresholds
+from conftest import SOAK
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr
 
 ALPHA = 0.05
-SIMULATIONS = 6_000
+SIMULATIONS = 60_000 if SOAK else 6_000
 MONTE_CARLO = 3.7 * math.sqrt(ALPHA * (1 - ALPHA) / SIMULATIONS)  # 1.04 points: 96 scenarios, 1 % false alarms in all
 BOTH = {"cost", "latency"}
 

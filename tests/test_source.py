@@ -18,7 +18,6 @@ from agentkit_tracking.live import differences
 from agentkit_tracking.source import adopt_from, collect_files, load_entry, parse_entry
 from releases import COLOURS, store  # noqa: F401  (a fixture)
 
-import agentkit as ak
 from agentkit.errors import SourceError
 
 SHOP = '''

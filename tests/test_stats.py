@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 from agentkit_pipelines import stats
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
@@ -17,8 +17,6 @@ from scipy.stats import t as student
 
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA
-settings.register_profile("unhurried", deadline=None)  # a busy machine is slow, not wrong
-settings.load_profile("unhurried")
 SIMULATIONS = 10_000
 MONTE_CARLO = 3 * math.sqrt(ALPHA * (1 - ALPHA) / SIMULATIONS)  # three standard errors, 0.65 points
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
+from agentkit_pipelines import thresholds
 from agentkit_pipelines.thresholds import Rule, Thresholds, json_schema, load_thresholds
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped, unused-ignore]
 
@@ -137,3 +139,8 @@ def test_the_schema_accepts_what_loads_and_refuses_two_limits() -> None:
     assert validator.is_valid(yaml.safe_load(GOOD))
     assert not validator.is_valid(yaml.safe_load(rules("{metric: success, at_least: 0.7, at_most: 0.8}")))
     assert not validator.is_valid(yaml.safe_load(rules("{metric: success, at_leest: 0.7}")))
+
+
+def test_the_schema_file_beside_the_thresholds_is_the_one_of_the_code() -> None:
+    file = Path(thresholds.__file__).with_suffix("") / "schema.json"
+    assert json.loads(file.read_text()) == json_schema()

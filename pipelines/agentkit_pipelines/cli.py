@@ -44,11 +44,16 @@ def main() -> None:
         app()
     except AgentkitError as e:
         _fail(str(e))
-        wrong = isinstance(e, UsageError) or getattr(e, "error_name", "") in ("UsageError", "DataError", "ModelError")
-        sys.exit(WRONG_USE if wrong else CRASH)
+        sys.exit(_exit_code(e))
     except KeyboardInterrupt:
         _fail("stopped")
         sys.exit(130)
+
+
+def _exit_code(error: AgentkitError) -> int:
+    """Wrong use, also where only the notebook's kernel could find it, or a crash."""
+    in_kernel = getattr(error, "error_name", "") in ("UsageError", "DataError", "ModelError")
+    return WRONG_USE if in_kernel or isinstance(error, UsageError) else CRASH
 
 
 def _fail(message: str) -> None:
@@ -154,17 +159,33 @@ def promote(
         terminal.console().print("no version carries the alias `candidate`")
     codes = []
     for one in chosen:
-        if candidates and (verdict := promotion.judged_alike(_with_thresholds(_plan(one, golden, None), thresholds))):
-            _say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
-            continue
-        plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
-        plan = _with_thresholds(plan, thresholds)
-        with terminal.progress(f"evaluating {plan.version}") as progress:
-            done = promotion.promote(plan, progress=progress, say=_say)
-        terminal.show_verdict(done)
-        assert done.verdict is not None
-        codes.append({"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[done.verdict.verdict])
-    raise typer.Exit(FAILED if FAILED in codes else max(codes, default=OK))
+        try:
+            codes.append(_promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd))
+        except AgentkitError as e:
+            if not candidates:
+                raise
+            _fail(f"{one}: {e}")  # the others still get their turn
+            codes.append(_exit_code(e))
+    worst = [code for code in (CRASH, WRONG_USE, FAILED, INCONCLUSIVE) if code in codes]
+    raise typer.Exit(worst[0] if worst else OK)
+
+
+def _promote(
+    one: str, asked: bool, golden: Path | None, thresholds: Path | None, repeats: int | None, *rest: Any
+) -> int:
+    from agentkit_pipelines import promotion
+
+    seed, workers, max_usd = rest
+    plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
+    plan = _with_thresholds(plan, thresholds)
+    if asked and (verdict := promotion.judged_alike(plan)):
+        _say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
+        return OK
+    with terminal.progress(f"evaluating {plan.version}") as progress:
+        done = promotion.promote(plan, progress=progress, say=_say)
+    terminal.show_verdict(done)
+    assert done.verdict is not None
+    return {"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[done.verdict.verdict]
 
 
 def _with_thresholds(plan: Plan, given: Path | None) -> Plan:
@@ -284,7 +305,11 @@ def batch(
     parameters |= {k: v for k, v in {"workers": workers, "max_usd": max_usd}.items() if v is not None}
     with terminal.progress("batch") as progress:
         executed = run_notebook("batch", parameters, home() / "batches" / target.stem, progress)
-    terminal.console().print(f"results: {target}; report: {terminal.short(executed)}")
+    import polars as pl
+
+    states = pl.read_parquet(target, columns=["state"])["state"].value_counts(sort=True)
+    counts = ", ".join(f"{count} {state}" for state, count in states.iter_rows())
+    terminal.console().print(f"{counts}; results: {target}; report: {terminal.short(executed)}", soft_wrap=True)
 
 
 # ---- look

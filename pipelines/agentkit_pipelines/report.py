@@ -218,7 +218,9 @@ def _plot_success(summary: pl.DataFrame) -> Figure:
 def _plot_latency(results: pl.DataFrame) -> Figure:
     figure, axes = _figure("Latency by phase, seconds (box: quartiles, whiskers: 5th and 95th percentile)")
     names = [*PHASES, "latency_s"]
-    axes.boxplot([results[n].to_numpy() for n in names], orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6)
+    axes.boxplot(
+        [results[n].to_numpy() for n in names], orientation="horizontal", whis=(5, 95), showfliers=False, widths=0.6
+    )
     axes.set_yticks(range(1, len(names) + 1), [n.removesuffix("_s") for n in names])
     axes.set_xlim(left=0)
     axes.invert_yaxis()

@@ -36,8 +36,21 @@ _SCALARS = (*_NUMBERS, str, bytes, range, PurePath, date, time, timedelta, UUID,
 # What dspy.Module itself keeps on an instance.
 # DSPy's own, and what its optimisers leave on a program.
 _NOT_ATTRIBUTES = frozenset(
-    "callbacks history candidate_programs mb_candidate_programs trial_logs total_calls prompt_model_total_calls "
-    "detailed_results results_latest results_best score simba_idx flag_compilation_error_occurred".split()
+    [
+        "callbacks",
+        "history",
+        "candidate_programs",
+        "mb_candidate_programs",
+        "trial_logs",
+        "total_calls",
+        "prompt_model_total_calls",
+        "detailed_results",
+        "results_latest",
+        "results_best",
+        "score",
+        "simba_idx",
+        "flag_compilation_error_occurred",
+    ]
 )
 _ATTRIBUTE = " (attribute)"
 _Parts = dict[str, FunctionType | str]
