@@ -505,6 +505,7 @@ def _():
 def _():
     # Here, not in the set-up cell: a worker that loads a release needs neither.
     import polars as pl
+
     from agentkit_pipelines import evaluation
 
     return evaluation, pl

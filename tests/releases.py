@@ -95,6 +95,7 @@ def python(script: str, *arguments: str | Path, timeout: float = 120, **environm
 def finished(folder: Path, version: str, production: str | None) -> Evaluation:
     """An evaluation that has run, rebuilt from the files it left; so that no kernel is needed to commit it again."""
     import polars as pl
+
     from agentkit_pipelines.gate import Verdict
     from agentkit_pipelines.promotion import Evaluation
     from agentkit_tracking import registry

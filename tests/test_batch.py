@@ -12,14 +12,14 @@ from typing import Any
 
 import polars as pl
 import pytest
+from releases import store  # noqa: F401  (a fixture)
+
+from agentkit.errors import BudgetExceeded, DataError, UsageError
 from agentkit_pipelines import cli
 from agentkit_pipelines.batch import run_batch
 from agentkit_tracking import registry
 from agentkit_tracking.home import connect
 from agentkit_tracking.runlog import RunLog
-from releases import store  # noqa: F401  (a fixture)
-
-from agentkit.errors import BudgetExceeded, DataError, UsageError
 
 # Fails on request, and can be made to wait for a file.
 MEASURE = """

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from agentkit_pipelines import cli
 
 from agentkit.examples import Example, read_examples, write_examples
+from agentkit_pipelines import cli
 
 SOURCE = '''
 import agentkit as ak

@@ -34,8 +34,9 @@ def test_settings_block_of_the_readme_is_valid(project, monkeypatch):
 
 
 def test_commands_in_the_readme_exist():
-    from agentkit_pipelines.cli import app
     from typer.main import get_command
+
+    from agentkit_pipelines.cli import app
 
     known = set(get_command(app).commands)
     named = set(re.findall(r"`agentkit (\w+)", README)) | {"list", "show", "diff", "log", "data", "ui", "doctor"}

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from agentkit_pipelines import report, terminal
-from agentkit_pipelines.evaluation import choose_repeats, evaluate, exercised
-from agentkit_pipelines.gate import judge
-from agentkit_pipelines.thresholds import Rule, Thresholds
 
 import agentkit as ak
 from agentkit.errors import UsageError
 from agentkit.examples import Example
+from agentkit_pipelines import report, terminal
+from agentkit_pipelines.evaluation import choose_repeats, evaluate, exercised
+from agentkit_pipelines.gate import judge
+from agentkit_pipelines.thresholds import Rule, Thresholds
 
 CASES = [
     Example(id=f"c{i:02d}", inputs={"text": f"please tell me about number {i} now"}, expected={"n": i}, task_type="t")

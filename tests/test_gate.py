@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 
 import numpy as np
 import polars as pl
 import pytest
-from agentkit_pipelines import stats
-from agentkit_pipelines.gate import RuleResult, Verdict, judge
-from agentkit_pipelines.thresholds import Rule, Thresholds
 from conftest import SOAK
 from numpy.typing import NDArray
 from scipy.special import betaincinv, ndtr
+
+from agentkit_pipelines import stats
+from agentkit_pipelines.gate import RuleResult, Verdict, judge
+from agentkit_pipelines.thresholds import Rule, Thresholds
 
 ALPHA = 0.05
 SIMULATIONS = 60_000 if SOAK else 6_000
@@ -278,17 +278,6 @@ def test_a_verdict_survives_json_and_the_order_of_rows() -> None:
     assert Verdict.model_validate_json(found.model_dump_json()) == found
     shuffled = decide(new.sample(fraction=1, shuffle=True, seed=1), *rules, production=old.reverse())
     assert shuffled == found
-
-
-def test_judging_twenty_rules_on_300_cases_takes_under_a_tenth_of_a_second() -> None:
-    new, old, rules = everything()
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        decide(new, *rules, production=old)
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) < 0.1
 
 
 def with_nan(results: pl.DataFrame) -> pl.DataFrame:

@@ -12,15 +12,15 @@ from typing import Any
 
 import dspy
 import pytest
-from agentkit_tracking import registry
-from agentkit_tracking.manifest import MANIFEST, WEIGHTS, Manifest, build, read_release, write_release
-from agentkit_tracking.source import load_entry, parse_entry
 from hypothesis import given
 from hypothesis import strategies as st
 from releases import CASES, COLOURS, python, store  # noqa: F401  (a fixture)
 
 import agentkit as ak
 from agentkit.errors import ReleaseError
+from agentkit_tracking import registry
+from agentkit_tracking.manifest import MANIFEST, WEIGHTS, Manifest, build, read_release, write_release
+from agentkit_tracking.source import load_entry, parse_entry
 
 Files = dict[str, str]
 PROJECT: Files = {

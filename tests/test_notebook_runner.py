@@ -7,10 +7,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from agentkit_pipelines import notebook_runner
-from agentkit_pipelines.notebook_runner import NOTEBOOKS, NotebookFailed, parameters_of, report_progress, run_notebook
 
 from agentkit.errors import UsageError
+from agentkit_pipelines import notebook_runner
+from agentkit_pipelines.notebook_runner import NOTEBOOKS, NotebookFailed, parameters_of, report_progress, run_notebook
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ def test_a_release_answers_the_dev_set_in_another_process_as_it_did_here(tmp_pat
     import json
 
     import support_triage as st
-    from agentkit_tracking.registry import register
 
     import agentkit as ak
+    from agentkit_tracking.registry import register
 
     triage = st.tuned(st.system())
     inputs = [e.inputs for e in ak.read_examples(st.DATA / "dev.jsonl")]

@@ -16,15 +16,15 @@ from typing import Any
 
 import mlflow
 import pytest
+from releases import CASES, COLOURS, furnish, python
+
+from agentkit.errors import ReleaseError, UsageError
+from agentkit.examples import Example, sha256_of, write_examples
 from agentkit_pipelines import cli, comparison, promotion
 from agentkit_pipelines.doctor import examine
 from agentkit_pipelines.promotion import Evaluation, Plan
 from agentkit_tracking import registry
 from agentkit_tracking.home import connect
-from releases import CASES, COLOURS, furnish, python
-
-from agentkit.errors import ReleaseError, UsageError
-from agentkit.examples import Example, sha256_of, write_examples
 
 THRESHOLDS = """
 system: colours
@@ -56,7 +56,7 @@ SOURCES = {
         "- warm: red, orange, sun, fire, desert, lava\n    - cold: blue, ice, sea, snow, winter, frost", ""
     ),
     "few": COLOURS + "\n# another release of the same\n",
-    "broken": COLOURS.replace("return prediction.label == ", "return prediction.label or "),
+    "broken": COLOURS.replace("    return prediction", "    __import__('os').abort()\n    return prediction"),
     "pair": PAIR,
 }
 
@@ -73,7 +73,7 @@ class Said:
 
 @dataclass
 class Road:
-    """A store in which versions have gone their way, each in a real kernel: 1 promoted, 2 failed, 3 undecided, 4 broken."""
+    """A store in which versions have gone their way, each in a real kernel: 1 promoted, 2 failed, 3 undecided, 4 died."""
 
     home: Path
     project: Path
@@ -198,12 +198,12 @@ def test_on_fail_and_inconclusive_nothing_moves_and_the_evidence_is_kept(
 def test_a_notebook_that_crashes_is_a_crash_and_is_kept(road: Road, here: Evaluation) -> None:
     said = road.said["broken"]
     assert (said.code, said.aliases) == (1, {"production": "1"})
-    assert "the success metric must return True or False, it returned str" in said.err
+    assert "evaluate: its kernel died (see " in said.err
     [run] = connect().search_runs(
         [connect().get_experiment_by_name("colours").experiment_id], "tags.`agentkit.verdict` = 'crash'"
     )
     kept = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="evidence"))
-    assert "UsageError" in (kept / "evaluate.ipynb").read_text()
+    assert "44 cases × 1 repeats" in (kept / "evaluate.ipynb").read_text()  # up to the cell in which it died
     assert run.info.status == "FAILED"
 
 
@@ -262,12 +262,18 @@ def test_the_verdict_and_the_figures_are_in_the_mlflow_run(road: Road, here: Eva
         ("promote", "colours/1", "--repeats", "0"),
     ],
 )
-def test_wrong_use_ends_with_2_before_a_kernel_starts(road: Road, here: Evaluation, arguments: tuple[str, ...]) -> None:
+def test_wrong_use_ends_with_2_and_moves_nothing(road: Road, here: Evaluation, arguments: tuple[str, ...]) -> None:
     (road.project / "other.yaml").write_text(THRESHOLDS.replace("colours", "flowers"))
-    began = time.monotonic()
     said = agentkit(*arguments)
     assert (said.code, said.aliases) == (2, {"production": "1"})
     assert said.err
+
+
+def test_a_candidate_that_was_refused_is_not_given_another_chance_each_night(here: Evaluation) -> None:
+    connect().set_registered_model_alias("colours", "candidate", "2")
+    began = time.monotonic()
+    said = agentkit("promote", "--candidates", "--repeats", "1")
+    assert (said.code, "colours/2: already judged (fail)" in said.out) == (0, True)
     assert time.monotonic() - began < 5
 
 
@@ -277,10 +283,25 @@ def test_a_schedule_with_nothing_to_promote_ends_well(here: Evaluation) -> None:
 
 
 def test_an_altered_release_is_refused_before_a_kernel_starts(road: Road, here: Evaluation) -> None:
-    folder, _ = registry.fetch("colours/5")
-    (folder / "source" / "colours.py").write_text("")
-    with pytest.raises(ReleaseError, match=r"is not intact: altered: source/colours\.py"):
+    with (
+        altered_in_the_store(road, "pair"),
+        pytest.raises(ReleaseError, match=r"is not intact: altered: source/colours"),
+    ):
         promotion.promote(plan(road, "pair"))
+
+
+def test_a_golden_set_edited_while_a_version_is_evaluated_is_noticed(
+    road: Road, here: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = shutil.copy(road.project / "few.jsonl", road.project / "edited.jsonl")
+
+    def edited_meanwhile(*_: Any) -> Path:
+        golden.write_text(golden.read_text().replace("warm", "cold"))
+        return golden
+
+    monkeypatch.setattr(promotion, "run_notebook", edited_meanwhile)
+    with pytest.raises(UsageError, match=r"edited\.jsonl changed while colours/5 was evaluated on it; evaluate again"):
+        promotion.evaluate(replace(plan(road, "pair"), golden=golden))
 
 
 # ---- the commit
@@ -369,6 +390,14 @@ def test_a_rollback_restores_the_previous_release_whole(here: Evaluation, record
     assert connect().get_model_version("colours", "5").description.endswith("by Ada: it was rude")
 
 
+def test_rollbacks_walk_back_along_the_versions_that_were_in_production(here: Evaluation) -> None:
+    commit(here)
+    commit(replace(here, version=registry.resolve("colours/3"), production=registry.resolve("colours/5")))
+    commit(replace(here, version=registry.resolve("colours/1"), production=registry.resolve("colours/3")))  # once more
+    back = [str(promotion.rollback("colours", why="x")[1]) for _ in range(3)]
+    assert back == ["colours/3", "colours/5", "colours/1"]
+
+
 def test_the_command_says_how_soon_running_processes_follow(here: Evaluation) -> None:
     commit(here)
     said = agentkit("rollback", "colours", "--why", "it was rude")
@@ -397,13 +426,14 @@ def test_a_rollback_with_nothing_to_go_back_to_is_refused(
     assert aliases() == before
 
 
-@pytest.mark.parametrize("place", ["in the store", "here"])
-def test_a_rollback_to_a_release_that_was_tampered_with_is_refused(road: Road, here: Evaluation, place: str) -> None:
+@pytest.mark.parametrize("fetched_before", [False, True])
+def test_a_rollback_to_a_release_that_was_tampered_with_is_refused(
+    road: Road, here: Evaluation, fetched_before: bool
+) -> None:
     commit(here)
-    folder, _ = registry.fetch("colours/1")
-    if place == "here":
-        (folder / "source" / "extra.py").write_text("")
-    with altered_in_the_store(road, "good") if place == "in the store" else contextlib.nullcontext():
+    if fetched_before:
+        registry.fetch("colours/1")
+    with altered_in_the_store(road, "good"):
         said = agentkit("rollback", "colours")
     assert (said.code, said.aliases) == (1, {"production": "5"})
     assert "is not intact" in said.err
@@ -431,8 +461,8 @@ from agentkit_pipelines import promotion
 from releases import finished
 
 home, evaluated, out, action = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-WRITES = ("set_model_version_tag", "update_model_version", "set_registered_model_alias", "delete_registered_model_alias",
-          "set_prompt_alias", "delete_prompt_alias")
+WRITES = ("set_model_version_tag", "update_model_version", "set_registered_model_tag", "set_registered_model_alias",
+          "delete_registered_model_alias", "set_prompt_alias", "delete_prompt_alias")
 seen = []
 
 def deadly(original, name, n):
@@ -493,8 +523,7 @@ def test_a_process_killed_at_any_write_leaves_one_release_in_force_whole(
         production = registry.resolve("colours@production")
         in_force.append(production.number)
         if production.number == 5:  # in force is only what can be proven and taken back
-            assert {"agentkit.evidence", "agentkit.promoted"} <= (production.tags or {}).keys()
-            assert (production.tags or {})["agentkit.previous"] == "1"
+            assert (production.tags or {})["agentkit.evidence"] == sha256_of(here.folder / "evidence.json")
         assert registry.load("colours@production").run(text="lava").output["label"] == "warm"
         if i % 2:
             examine(repair=True)
@@ -503,6 +532,10 @@ def test_a_process_killed_at_any_write_leaves_one_release_in_force_whole(
             production = registry.resolve("colours/5")
         assert promotion.mirrors_wrong(production) == {}
         assert prompts_in_production() == (SECOND if production.number == 5 else FIRST)
+        if production.number == 5:
+            assert str(promotion.rollback("colours", why="after the kill")[1]) == "colours/1"
+        with pytest.raises(ReleaseError, match="there is nothing to go back to"):
+            promotion.rollback("colours", why="once more")
     old, new = (1, 5) if action == "promote" else (5, 1)
     moved = in_force.index(new)
     assert in_force == [old] * moved + [new] * (len(in_force) - moved)

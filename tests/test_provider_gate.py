@@ -9,15 +9,15 @@ from typing import Any
 import dspy
 import polars as pl
 import pytest
-from agentkit_pipelines.evaluation import estimate, evaluate, exercised
-from agentkit_pipelines.gate import Verdict, judge
-from agentkit_pipelines.thresholds import Rule, Thresholds
 from provider import Reply, Request, Serve, answer, prompt, serving
 from pydantic import BaseModel
 
 import agentkit as ak
 from agentkit.errors import BudgetExceeded
 from agentkit.examples import Example
+from agentkit_pipelines.evaluation import estimate, evaluate, exercised
+from agentkit_pipelines.gate import Verdict, judge
+from agentkit_pipelines.thresholds import Rule, Thresholds
 
 CASES = [
     Example(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentkit_tracking.runlog import RunLog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from releases import python
@@ -22,6 +21,7 @@ from releases import python
 import agentkit as ak
 from agentkit.errors import AgentkitError, UsageError
 from agentkit.records import RunRecord, Step
+from agentkit_tracking.runlog import RunLog
 
 # A writer that imports neither dspy nor mlflow.
 WRITER = """

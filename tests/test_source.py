@@ -13,12 +13,12 @@ from typing import Any
 
 import dspy
 import pytest
-from agentkit_tracking import registry
-from agentkit_tracking.live import differences
-from agentkit_tracking.source import adopt_from, collect_files, load_entry, parse_entry
 from releases import COLOURS, store  # noqa: F401  (a fixture)
 
 from agentkit.errors import SourceError
+from agentkit_tracking import registry
+from agentkit_tracking.live import differences
+from agentkit_tracking.source import adopt_from, collect_files, load_entry, parse_entry
 
 SHOP = '''
 import re

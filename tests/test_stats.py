@@ -7,13 +7,14 @@ from random import Random
 
 import numpy as np
 import pytest
-from agentkit_pipelines import stats
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest
 from scipy.stats import t as student
+
+from agentkit_pipelines import stats
 
 ALPHA = 0.05
 CONFIDENCE = 1 - ALPHA

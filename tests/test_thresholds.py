@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from agentkit_pipelines import thresholds
-from agentkit_pipelines.thresholds import Rule, Thresholds, json_schema, load_thresholds
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped, unused-ignore]
 
 from agentkit.errors import DataError
+from agentkit_pipelines import thresholds
+from agentkit_pipelines.thresholds import Rule, Thresholds, json_schema, load_thresholds
 
 GOOD = """
 system: support_triage

@@ -7,15 +7,15 @@ from typing import Any, Literal, NamedTuple
 
 import dspy
 import pytest
-from agentkit_tracking import traces
-from agentkit_tracking.home import connect, experiment_id
-from agentkit_tracking.runlog import RunLog
 from mlflow.entities import Trace
 from pydantic import BaseModel
 from releases import furnish
 
 import agentkit as ak
 from agentkit.records import RunRecord, Step
+from agentkit_tracking import traces
+from agentkit_tracking.home import connect, experiment_id
+from agentkit_tracking.runlog import RunLog
 
 
 class Decide(dspy.Signature):

@@ -46,10 +46,9 @@ THRESHOLDS = "system: shout\nconfidence: 0.95\nrules:\n  - {metric: success, at_
 @pytest.fixture
 def server(project: Path, own_home: Path) -> Iterator[str]:
     """A registered, evaluated version and a server that shows it."""
+    from agentkit.examples import Example, write_examples
     from agentkit_pipelines import promotion
     from agentkit_tracking.registry import register_file
-
-    from agentkit.examples import Example, write_examples
 
     (project / "shout.py").write_text(SOURCE)
     (project / "bar.yaml").write_text(THRESHOLDS)
@@ -110,9 +109,10 @@ def wait_for(check, seconds: float):
 
 
 def test_verdict_is_readable_and_a_click_asks_for_promotion(server, browser):
-    from agentkit_pipelines import promotion
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
+
+    from agentkit_pipelines import promotion
 
     browser.get(f"{server}/#/models/shout/versions/1")
     page = wait_for(

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import orjson
 import polars as pl
-from agentkit_tracking import registry
 
 from agentkit.budget import Budget, Ledger
 from agentkit.errors import BudgetExceeded, DataError, UsageError
@@ -22,6 +21,7 @@ from agentkit.examples import sha256_of
 from agentkit.mapping import default_workers, in_parallel, with_results
 from agentkit.records import RunRecord
 from agentkit.systems import System
+from agentkit_tracking import registry
 
 Progress = Callable[[int, int], None]
 

@@ -86,9 +86,8 @@ def register(
 
 
 def _plan(reference: str, golden: Path | None, thresholds: Path | None, **options: Any) -> Plan:
-    from agentkit_tracking import registry
-
     from agentkit_pipelines.promotion import Plan, find_golden
+    from agentkit_tracking import registry
 
     version = registry.resolve(reference)
     return Plan(version, find_golden(version.name, golden), thresholds, **options)
@@ -120,10 +119,9 @@ def evaluate(
 
 
 def _show_estimate(plan: Plan) -> None:
-    from agentkit_tracking import registry
-
     from agentkit.examples import read_examples
     from agentkit_pipelines import evaluation
+    from agentkit_tracking import registry
 
     os.environ["AGENTKIT_TRACES"] = "off"
     system = registry.load_folder(*registry.fetch_version(plan.version))
@@ -206,9 +204,8 @@ def rollback(
     why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
 ) -> None:
     """Put the previous production release back, whole."""
-    from agentkit_tracking.registry import RELOAD_S
-
     from agentkit_pipelines import promotion
+    from agentkit_tracking.registry import RELOAD_S
 
     left, now = promotion.rollback(system, why=why)
     terminal.console().print(
@@ -233,9 +230,8 @@ def run(
     """Run once and show route, steps, decision, cost, latency and the trace."""
     from contextlib import nullcontext
 
-    from agentkit_tracking import registry, source
-
     from agentkit.systems import approve_with
+    from agentkit_tracking import registry, source
 
     os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
@@ -287,10 +283,9 @@ def batch(
     max_usd: MaxUsd = None,
 ) -> None:
     """Run a file of inputs through a release in the batch notebook; can be stopped and started again."""
+    from agentkit_pipelines.notebook_runner import run_notebook
     from agentkit_tracking import registry
     from agentkit_tracking.home import home
-
-    from agentkit_pipelines.notebook_runner import run_notebook
 
     reference = _in_force(reference)
     registry.resolve(reference)  # wrong use is said before a kernel starts
@@ -320,8 +315,9 @@ def list_(system: Annotated[str | None, typer.Argument(help="name; all systems w
     """List systems and their versions with aliases and last verdicts."""
     from datetime import datetime
 
-    from agentkit_tracking import registry
     from rich.table import Table
+
+    from agentkit_tracking import registry
 
     table = Table("version", "release", "aliases", "last verdict", "author", "commit", "registered")
     for name in [system] if system else registry.systems():
@@ -346,9 +342,10 @@ def list_(system: Annotated[str | None, typer.Argument(help="name; all systems w
 @app.command()
 def show(reference: Reference) -> None:
     """Show one release: prompts, tools and permissions, budget, model, files, verdict."""
-    from agentkit_tracking import registry
     from rich.markup import escape
     from rich.table import Table
+
+    from agentkit_tracking import registry
 
     version = registry.resolve(reference)
     _, manifest = registry.fetch_version(version)
@@ -403,8 +400,9 @@ def log(
     limit: Annotated[int, typer.Option(min=1, help="rows without a query")] = 20,
 ) -> None:
     """Query the run log, e.g. `agentkit log "SELECT route, count(*), sum(usd) FROM runs GROUP BY route"`."""
-    from agentkit_tracking.runlog import RunLog
     from rich.table import Table
+
+    from agentkit_tracking.runlog import RunLog
 
     default = (
         "SELECT started_at, system, left(release, 12) AS release, kind, route, state, round(seconds, 3) AS seconds, usd, run_id "

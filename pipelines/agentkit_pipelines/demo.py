@@ -63,10 +63,9 @@ def _quiet() -> None:
 
 def _story(root: Path, home: Path) -> None:
     with console.status("starting (imports: dspy, mlflow, scikit-learn)"):
+        from agentkit_pipelines import promotion
         from agentkit_tracking import registry
         from agentkit_tracking.home import connect
-
-        from agentkit_pipelines import promotion
 
         connect()
         _quiet()
@@ -173,9 +172,8 @@ def _verdict(done: object, expected: str) -> None:
 
 
 def _one_run(system: object) -> None:
-    from agentkit_tracking import traces
-
     from agentkit.systems import System
+    from agentkit_tracking import traces
 
     assert isinstance(system, System)
     text = "I was charged twice for order ORD-10003, please refund the second payment."

@@ -92,11 +92,11 @@ def _models() -> Iterator[Finding]:
 
 
 def _store(repair: bool) -> Iterator[Finding]:
-    from agentkit_tracking import registry
-    from agentkit_tracking.home import tracking_uri
     from mlflow.exceptions import MlflowException
 
     from agentkit_pipelines.promotion import find_production, mirror_prompts, mirrors_wrong
+    from agentkit_tracking import registry
+    from agentkit_tracking.home import tracking_uri
 
     try:
         names = registry.systems()

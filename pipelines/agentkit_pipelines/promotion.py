@@ -20,10 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-from agentkit_tracking import registry
-from agentkit_tracking.home import connect, experiment_id, home, project_root
-from agentkit_tracking.manifest import MANIFEST, Manifest
-from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
 
 from agentkit.errors import BudgetExceeded, ReleaseError, UnknownReference, UsageError
 from agentkit.examples import read_examples, sha256_of
@@ -32,6 +28,10 @@ from agentkit_pipelines.evaluation import RESULT_COLUMNS
 from agentkit_pipelines.gate import Verdict
 from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_notebook
 from agentkit_pipelines.thresholds import COST_PER_SUCCESS, Thresholds, load_thresholds
+from agentkit_tracking import registry
+from agentkit_tracking.home import connect, experiment_id, home, project_root
+from agentkit_tracking.manifest import MANIFEST, Manifest
+from agentkit_tracking.registry import CANDIDATE, PRODUCTION, TAG, Version
 
 Say = Callable[[str], None]
 _STACK = f"{TAG}production_before"

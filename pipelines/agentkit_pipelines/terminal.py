@@ -108,9 +108,10 @@ def show_verdict(done: Evaluation) -> None:
 
 def show_run(record: RunRecord) -> None:
     """A run's steps, output, cost and trace."""
-    from agentkit_tracking import traces
     from rich.markup import escape
     from rich.table import Table
+
+    from agentkit_tracking import traces
 
     out = console()
     table = Table(

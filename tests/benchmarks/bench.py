@@ -137,6 +137,7 @@ def imports() -> None:
 def evaluation_throughput() -> None:
     """Scored runs per second of the reference system, fitted, one thread."""
     import support_triage as st
+
     from agentkit_pipelines.evaluation import evaluate
 
     train, dev = (ak.read_examples(st.DATA / f"{n}.jsonl") for n in ("train", "dev"))
