@@ -56,7 +56,7 @@ SOURCES = {
         "- warm: red, orange, sun, fire, desert, lava\n    - cold: blue, ice, sea, snow, winter, frost", ""
     ),
     "few": COLOURS + "\n# another release of the same\n",
-    "broken": COLOURS.replace("    return prediction", "    __import__('os').abort()\n    return prediction"),
+    "broken": COLOURS.replace("    return prediction", "    __import__('os')._exit(3)\n    return prediction"),
     "pair": PAIR,
 }
 

@@ -14,12 +14,8 @@ from typing import Literal
 from agentkit.errors import AgentkitError
 
 _PACKAGES = ("dspy", "mlflow", "duckdb", "polars", "papermill", "marimo", "scikit-learn", "jupyterlab")
-_KEYS = {
-    "openai": "OPENAI_API_KEY",
-    "anthropic": "ANTHROPIC_API_KEY",
-    "gemini": "GEMINI_API_KEY",
-    "groq": "GROQ_API_KEY",
-}
+_KEYS = {"openai", "anthropic", "gemini", "groq"}  # whose variable is surely PROVIDER_API_KEY
+_NO_KEY = {"embedded", "ollama", "ollama_chat"}
 _MIN_FREE_GB = 1.0
 
 
@@ -83,9 +79,15 @@ def _models() -> Iterator[Finding]:
         yield Finding("bad", str(e), "mend agentkit.toml, or unset AGENTKIT_LM")
         return
     for tier, model in tiers.items():
-        key = _KEYS.get(model.split("/")[0])
-        if key and not os.environ.get(key) and "api_key" not in settings.options.get(model, {}):
+        provider = model.split("/")[0]
+        key = f"{provider.upper()}_API_KEY"
+        has_key = provider in _NO_KEY or os.environ.get(key) or "api_key" in settings.options.get(model, {})
+        if not has_key and provider in _KEYS:
             yield Finding("bad", f"model tier {tier} is {model}, but {key} is not set", f"export {key}=…")
+        elif not has_key:
+            yield Finding(
+                "warn", f"model tier {tier} is {model}; {key} is not set", "set the key your provider asks for"
+            )
         else:
             note = " (in process, no LLM)" if model == EMBEDDED else ""
             yield Finding("ok", f"model tier {tier}: {model}{note}")
