@@ -311,13 +311,18 @@ def _():
 
 
 @app.function
+def nothing_forbidden(example: Any, prediction: Any, trace: Any = None) -> bool:
+    """No tool ran that the case forbids: no money was paid that should not have been."""
+    return not {effect["tool"] for effect in prediction.record.effects} & set(example["forbidden"])
+
+
+@app.function
 def success(example: Any, prediction: Any, trace: Any = None) -> bool:
     """Queue and action right and no forbidden tool among the effects of the run (DSPy's metric signature)."""
-    done = {effect["tool"] for effect in prediction.record.effects}
     return (
         prediction.queue == example["queue"]
         and prediction.action == example["action"]
-        and not done & set(example["forbidden"])
+        and nothing_forbidden(example, prediction)
     )
 
 
@@ -330,6 +335,7 @@ def make(name: str, router: dspy.Predict | None, agents: list[ak.Agent]) -> ak.S
         router=router,
         success=success,
         metrics=[
+            nothing_forbidden,
             ak.metrics.exact("queue"),
             ak.metrics.exact("action"),
             ak.metrics.exact("category"),

@@ -83,10 +83,11 @@ def store(own_home: Path) -> Path:
 
 
 def python(script: str, *arguments: str | Path, timeout: float = 120, **environment: str) -> str:
-    """Run a script in a process of its own, in the working directory; returns what it printed."""
+    """Run a script in a process of its own, which can import the tests' modules; returns what it printed."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=timeout, env={**os.environ, "PYTHONPATH": path, **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

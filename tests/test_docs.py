@@ -49,6 +49,12 @@ def test_make_recipes_in_the_readme_exist():
     assert set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks("")))) <= recipes
 
 
+def test_the_readme_shows_a_demo_that_ran():
+    assert "@@" not in README
+    for said in ("REFUSED support_triage/1", "PROMOTED support_triage/2", "REFUSED support_triage/3", "PROMOTED"):
+        assert said in README
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text(encoding="utf-8")):

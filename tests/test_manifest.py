@@ -52,10 +52,10 @@ def test_the_same_content_has_the_same_id_at_another_place_and_in_another_proces
     here = release_of(tmp_path / "here")
     assert release_of(tmp_path / "a longer path" / "there").release_id == here.release_id
     script = (
-        "import sys, json; sys.path.insert(0, sys.argv[1]); from test_manifest import *; "
-        "print(release_of(Path(sys.argv[2])).release_id)"
+        "import sys; from pathlib import Path; from test_manifest import release_of;"
+        "print(release_of(Path(sys.argv[1])).release_id)"
     )
-    said = python(script, Path(__file__).parent, tmp_path / "elsewhere", PYTHONHASHSEED="7", HOME="/nonexistent")
+    said = python(script, tmp_path / "elsewhere", PYTHONHASHSEED="7", HOME="/nonexistent")
     assert said.split() == [here.release_id]
 
 

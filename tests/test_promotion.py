@@ -500,7 +500,7 @@ for n in range(1, 100):
 def killed_everywhere(here: Evaluation, home: Path, out: Path, action: str) -> list[Path]:
     """One store per write of the action, as a SIGKILL before it left it, and a last one where it came to its end."""
     out.mkdir()
-    said = python(KILLER, home, here.folder, out, action, PYTHONPATH=str(Path(__file__).parent)).splitlines()
+    said = python(KILLER, home, here.folder, out, action).splitlines()
     ends = [int(line.split()[1]) for line in said if line[0].isdigit()]
     assert ends == [signal.SIGKILL] * (len(ends) - 1) + [0]
     [writes] = [line.split()[1:] for line in said if line.startswith("writes")]
