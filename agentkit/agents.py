@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import dspy
 from pydantic import BaseModel
@@ -14,6 +14,12 @@ from agentkit.errors import SourceError
 from agentkit.runs import Run
 from agentkit.states import State
 from agentkit.tools import Inventory, Tool
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from agentkit.records import RunRecord
+    from agentkit.systems import System
 
 
 class Agent(dspy.Module):  # type: ignore[misc]
@@ -52,6 +58,19 @@ class Agent(dspy.Module):  # type: ignore[misc]
             found = self.reflect(run, plan, facts, **inputs)
             data = found.model_dump(warnings=False) if isinstance(found, BaseModel) else found
             return self.result.model_validate(data, by_alias=True, by_name=True)
+
+    def run(self, **inputs: Any) -> RunRecord:
+        """Run this agent by itself, as a system of one; see `System.run`."""
+        return self._alone().run(**inputs)
+
+    def map(self, frame: pl.DataFrame, **options: Any) -> pl.DataFrame:
+        """Run every row of a frame through this agent by itself; see `agentkit.mapping.map_frame`."""
+        return self._alone().map(frame, **options)
+
+    def _alone(self) -> System:
+        from agentkit.systems import adopt  # systems are made of agents, so they import this module
+
+        return adopt(self)
 
     @classmethod
     def input_names(cls) -> tuple[tuple[str, ...], frozenset[str]]:

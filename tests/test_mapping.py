@@ -13,6 +13,7 @@ import pytest
 from hedgehogs import doing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 import agentkit as ak
 from agentkit import Budget, Run, RunRecord
@@ -33,6 +34,27 @@ def frame(*texts: str | None, **columns: Any) -> pl.DataFrame:
 
 
 # --- frames --------------------------------------------------------------------------------------------------------
+
+
+class Loud(BaseModel):
+    said: str
+
+
+def test_an_agent_maps_and_runs_by_itself() -> None:
+    class Shout(ak.Agent):
+        name, result = "shout", Loud
+
+        def plan(self, run: ak.Run, text: str) -> str:
+            return text
+
+        def execute(self, run: ak.Run, plan: str, text: str) -> str:
+            return plan.upper()
+
+        def reflect(self, run: ak.Run, plan: str, facts: str, text: str) -> Loud:
+            return Loud(said=facts)
+
+    assert Shout().run(text="a").output == {"said": "A"}
+    assert Shout().map(pl.DataFrame({"text": ["a", "b"]}))["said"].to_list() == ["A", "B"]
 
 
 def test_the_frame_comes_back_with_outputs_and_what_each_run_was_like() -> None:

@@ -18,6 +18,7 @@ from releases import CASES, COLOURS, python, store  # noqa: F401  (a fixture)
 
 import agentkit as ak
 from agentkit.errors import ReleaseError, UsageError
+from agentkit_tracking import manifest as manifests
 from agentkit_tracking import registry
 from agentkit_tracking.home import connect
 from agentkit_tracking.source import load_entry, parse_entry
@@ -402,3 +403,15 @@ def test_an_alias_that_was_taken_away_stops_a_following_process(
 def test_only_an_alias_can_be_followed(answers: tuple[registry.Version, registry.Version]) -> None:
     with pytest.raises(UsageError, match="'answer/1' never moves"):
         registry.follow("answer/1")
+
+
+def test_a_release_made_with_other_packages_says_so(
+    colours: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.register_file(colours)
+    registry.load("colours/1")
+    assert "was made with" not in caplog.text
+    here = manifests.installed_packages()
+    monkeypatch.setattr(manifests, "installed_packages", lambda: {**here, "dspy": "9.9"})
+    registry.load("colours/1")
+    assert f"was made with dspy {here['dspy']} (here 9.9)" in caplog.text

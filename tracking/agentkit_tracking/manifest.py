@@ -87,7 +87,7 @@ def build(system: System, entry: Entry) -> tuple[Manifest, dict[str, Path], byte
         weights=None if weights is None else sha256(weights),
         files={path: sha256(file.read_bytes()) for path, file in files.items()},
         lock=sha256(lock.read_bytes()) if lock.is_file() else None,
-        packages={name: _version(name) for name in _PACKAGES},
+        packages=installed_packages(),
     )
     return manifest, files, weights
 
@@ -95,6 +95,11 @@ def build(system: System, entry: Entry) -> tuple[Manifest, dict[str, Path], byte
 def is_secret(option: str) -> bool:
     """Whether a model option is this machine's secret and no part of a release."""
     return _SECRET.search(option) is not None
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the packages that decide what a release answers."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -337,7 +337,8 @@ def fetch_version(version: Version) -> tuple[Path, Manifest]:
         except ReleaseError as e:
             aside = folder.with_name(f"damaged-{uuid.uuid4().hex[:8]}-{folder.name[:12]}")
             _log.warning("the local copy of %s is damaged (%s); it is kept as %s and fetched anew", version, e, aside)
-            os.replace(folder, aside)
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(folder, aside)
     if not folder.exists():
         with _downloaded(version) as got:
             try:
@@ -399,6 +400,14 @@ def load(reference: str | Path) -> System:
     return load_folder(*fetch(reference))
 
 
+def _say_other_packages(manifest: Manifest) -> None:
+    """The same release may answer otherwise under other versions of what it computes with."""
+    here = manifests.installed_packages()
+    other = [f"{n} {v} (here {here.get(n)})" for n, v in manifest.packages.items() if here.get(n) != v]
+    if other:
+        _log.warning("release %s was made with %s", manifest.release_id[:12], ", ".join(other))
+
+
 def load_folder(folder: Path, manifest: Manifest) -> System:
     """Build the system of a checked release folder."""
     root = (folder / manifests.SOURCE).resolve()
@@ -413,6 +422,7 @@ def load_folder(folder: Path, manifest: Manifest) -> System:
         from agentkit.embedded import Weights
 
         system.use(Weights.from_file(str(folder / manifests.WEIGHTS)))
+    _say_other_packages(manifest)
     system.name, system.model, system.release = manifest.system, manifest.model, manifest.release_id
     if manifest.model != EMBEDDED:
         system._lm = ((system.model, id(system.weights)), build_lm(manifest.model, settings=_settings(manifest)))
