@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -58,6 +59,7 @@ def _blank() -> Path:
     from agentkit_tracking.home import connect
 
     folder = Path(tempfile.mkdtemp(prefix="agentkit-blank-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     given, os.environ["AGENTKIT_HOME"] = os.environ.get("AGENTKIT_HOME"), str(folder)
     try:
         connect()

@@ -26,6 +26,8 @@ from agentkit_pipelines.promotion import Evaluation, Plan
 from agentkit_tracking import registry
 from agentkit_tracking.home import connect
 
+pytestmark = pytest.mark.slow  # real kernels, in the fixture `road`
+
 THRESHOLDS = """
 system: colours
 confidence: 0.95
@@ -173,7 +175,6 @@ def commit(done: Evaluation) -> list[str]:
 # ---- the verdicts
 
 
-@pytest.mark.slow
 def test_on_pass_the_alias_moves_and_the_candidate_is_cleared(road: Road, here: Evaluation) -> None:
     said = road.said["good"]
     assert (said.code, said.aliases) == (0, {"production": "1"})
@@ -516,7 +517,6 @@ def killed_everywhere(here: Evaluation, home: Path, out: Path, action: str) -> l
     return sorted(out.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("action", ["promote", "rollback"])
 def test_a_process_killed_at_any_write_leaves_one_release_in_force_whole(
     here: Evaluation, own_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str

@@ -449,5 +449,5 @@ def test_an_adopted_dspy_react_cannot_talk_its_model_past_a_refusal() -> None:
     react = speaking(dspy.ReAct("request -> answer", tools=[pay_back]), script)
     record = ak.adopt(react).run(request="pay me")
     assert (record.state, record.output, PAID) == ("FAILED", None, [])
-    assert (record.error or "").startswith("PermissionDenied: agent '(none)' may not use tool 'refund'")
+    assert (record.error or "").startswith("PermissionDenied: agent 'ReAct' may not use tool 'refund'")
     assert len(script.prompts) == 1
