@@ -106,8 +106,9 @@ class System(dspy.Module):  # type: ignore[misc]
 
     def _meter(self) -> None:
         """Put the meter between predictors and the models pinned to them, also those pinned since the last run."""
-        for _, predictor in self.named_predictors():
-            predictor.lm = metered(predictor.lm)
+        for predictor in _predictors(self, set()):
+            if predictor.lm is not None:
+                predictor.lm = metered(predictor.lm)
 
     def _check_tools(self) -> None:
         tools = {id(tool): tool for agent in self.agents.values() for tool in agent.tools}
@@ -245,6 +246,20 @@ class System(dspy.Module):  # type: ignore[misc]
             "success": getattr(self.success, "__name__", None),
             "metrics": [getattr(m, "__name__", str(m)) for m in self.metrics],
         }
+
+
+def _predictors(owner: Any, seen: set[int]) -> Iterator[Any]:
+    """All predictors below, at every run: `named_predictors` would walk the growing histories of calls, too."""
+    seen.add(id(owner))
+    for name, value in vars(owner).items():
+        if name in ("history", "callbacks"):
+            continue
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        for item in items:
+            if isinstance(item, dspy.Predict):
+                yield item
+            elif isinstance(item, dspy.Module) and id(item) not in seen:
+                yield from _predictors(item, seen)
 
 
 def short_name(name: str) -> str:

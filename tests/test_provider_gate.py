@@ -252,6 +252,32 @@ def test_a_model_pinned_by_the_program_is_what_counts(serve: Serve) -> None:
     assert not provider.requests
 
 
+def test_a_model_pinned_inside_an_agent_is_metered_and_its_budget_holds(serve: Serve) -> None:
+    provider = serve(Reply(text=ALL_FIELDS), price=(1, 1))
+
+    class Pinned(ak.Agent):
+        name, result = "pinned", dict
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep = [dspy.Predict("ticket -> label")]
+            self.deep[0].lm = dspy.LM(ak.build_lm("fast").model, api_base="http://127.0.0.1:9", api_key="k")
+
+        def plan(self, run: ak.Run, ticket: str) -> str:
+            return str(self.deep[0](ticket=ticket).label)
+
+        def execute(self, run: ak.Run, plan: str, ticket: str) -> str:
+            return plan
+
+        def reflect(self, run: ak.Run, plan: str, facts: str, ticket: str) -> dict[str, str]:
+            return {"label": facts}
+
+    record = ak.System("pinned", [Pinned()], budget=ak.Budget(model_calls=0)).run(ticket="a")
+    assert record.state == "FAILED"
+    assert "budget of 0 model_calls" in (record.error or "")
+    assert not provider.requests
+
+
 def test_no_estimate_where_the_embedded_model_cannot_stand_in(serve: Serve) -> None:
     provider = serve(price=(1, 1))
     system = ak.adopt(dspy.Predict("ticket -> data: dict[str, int]"), name="d", success=lambda e, p: True)
