@@ -6,6 +6,7 @@ AgentkitError
 │   ├── ModelError        no usable language model: missing key, unknown name, unreachable server
 │   └── SourceError       a notebook or module cannot be turned into a release
 ├── ReleaseError          a stored release is missing, altered or not the one asked for
+│   ├── TrustError        no valid signature stands behind it, or what was signed is no longer what is stored
 │   └── UnknownReference  nothing is registered under the reference (a UsageError, too)
 ├── IllegalTransition     a run tried to go where the transition table does not lead
 └── Refusal               a rule stopped the run; never handed to the model as text
@@ -45,6 +46,17 @@ class SourceError(UsageError):
 
 class ReleaseError(AgentkitError):
     """A stored release is missing, altered, or not the one that was asked for."""
+
+
+class TrustError(ReleaseError):
+    """No valid signature stands behind a release, or what was signed is no longer what is stored.
+
+    `problems` holds one line for each thing that differs.
+    """
+
+    def __init__(self, message: str, problems: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.problems = problems or [message]
 
 
 class UnknownReference(ReleaseError, UsageError):

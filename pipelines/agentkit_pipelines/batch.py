@@ -21,7 +21,7 @@ from agentkit.examples import sha256_of
 from agentkit.mapping import default_workers, in_parallel, with_results
 from agentkit.records import RunRecord
 from agentkit.systems import System
-from agentkit_tracking import registry
+from agentkit_tracking import loading
 
 Progress = Callable[[int, int], None]
 
@@ -54,12 +54,14 @@ def run_batch(
     id_column: str = "id",
     workers: int | None = None,
     max_usd: float | None = None,
+    trust: bool = False,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Run every row of `source` that has no result yet and write all results to `target` (Parquet).
 
     Until all rows are done, each finished one is kept in a journal beside the target. A restart goes on from there
-    with the release that the first start resolved, and refuses a source that has changed meanwhile.
+    with the release that the first start resolved, and refuses a source that has changed meanwhile. `trust` as in
+    `agentkit_tracking.load`.
 
     Returns:
         The source's columns with `release` and those of `agentkit.mapping.map_frame`, in the source's order.
@@ -75,7 +77,7 @@ def run_batch(
     frame = read_table(source)
     _check_ids(frame, id_column, source)
     folder = target.with_name(target.name + ".parts")
-    system, release = _pinned_release(reference, folder, source, id_column)
+    system, release = _pinned_release(reference, folder, source, id_column, trust)
     rows = _inputs(system, frame)
     ids = frame[id_column].cast(pl.String).to_list()
     ledger = Ledger(Budget(None, None, None, None, max_usd, None))
@@ -115,14 +117,17 @@ def _check_ids(frame: pl.DataFrame, id_column: str, source: Path) -> None:
         )
 
 
-def _pinned_release(reference: str, folder: Path, source: Path, id_column: str) -> tuple[System, str]:
+def _pinned_release(reference: str, folder: Path, source: Path, id_column: str, trust: bool) -> tuple[System, str]:
     """The release that the batch began with; on the first start, what `reference` resolves to."""
     pin, digest = folder / "batch.json", sha256_of(source)
     began: dict[str, Any] = json.loads(pin.read_text()) if pin.is_file() else {}
     if began and (began["source_sha256"], began["id_column"]) != (digest, id_column):
         raise UsageError(f"{folder} holds a started batch over another file; delete it to begin anew")
     # An alias may have moved since; a folder is what it is.
-    fetched, manifest = registry.fetch(reference if not began or Path(reference).is_dir() else began["release"])
+    if began and not Path(reference).is_dir():  # it was trusted when it began
+        fetched, manifest = loading.fetch(began["release"], trust=True)
+    else:
+        fetched, manifest = loading.fetch(reference, trust=trust)
     if began and began["release"] != manifest.release_id:
         raise UsageError(f"{folder} holds a started batch of another release; delete it to begin anew")
     if not began:
@@ -131,7 +136,7 @@ def _pinned_release(reference: str, folder: Path, source: Path, id_column: str) 
         began = {"release": manifest.release_id, "source_sha256": digest, "id_column": id_column}
         scratch.write_text(json.dumps(began))
         os.replace(scratch, pin)
-    return registry.load_folder(fetched, manifest), manifest.release_id
+    return loading.load_folder(fetched, manifest), manifest.release_id
 
 
 def _inputs(system: System, frame: pl.DataFrame) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentkit.errors import AgentkitError, UsageError
-from agentkit_pipelines import terminal
+from agentkit_pipelines import terminal, trust_cli
 
 if TYPE_CHECKING:
-    from agentkit_pipelines.promotion import Plan
+    from agentkit_pipelines.evidence import Plan
 
 OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
 
@@ -29,12 +29,16 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Check and import files of examples.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(trust_cli.keys_app, name="keys")
+for command in (trust_cli.verify, trust_cli.reproduce, trust_cli.history):
+    app.command()(command)
 
 Reference = Annotated[str, typer.Argument(help="name@alias, name/3, name (newest), or a release id")]
 Golden = Annotated[Path | None, typer.Option(help="golden set, JSONL [default: data/<system>/golden.jsonl]")]
 Repeats = Annotated[int | None, typer.Option(min=1, help="runs per case [default: 8 free model, 3 paid]")]
 Seed = Annotated[int, typer.Option(help="of the input perturbations; alike for all versions you compare")]
 Workers = Annotated[int | None, typer.Option(min=1, help="runs at the same time [default: by model]")]
+Trusted = Annotated[bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")]
 MaxUsd = Annotated[float | None, typer.Option(min=0, help="stop hard before more than this is spent")]
 
 
@@ -86,10 +90,10 @@ def register(
 
 
 def _plan(reference: str, golden: Path | None, thresholds: Path | None, **options: Any) -> Plan:
-    from agentkit_pipelines.promotion import Plan, find_golden
-    from agentkit_tracking import registry
+    from agentkit_pipelines.evidence import Plan, find_golden
+    from agentkit_tracking.loading import resolve
 
-    version = registry.resolve(reference)
+    version = resolve(reference)
     return Plan(version, find_golden(version.name, golden), thresholds, **options)
 
 
@@ -103,15 +107,17 @@ def evaluate(
     workers: Workers = None,
     max_usd: MaxUsd = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="only say what it would take")] = False,
+    trust: Trusted = False,
 ) -> None:
     """Run the golden set in a papermill kernel and report figures with 95 % intervals. Moves no alias."""
-    from agentkit_pipelines import promotion
+    from agentkit_pipelines import evidence
 
-    plan = _plan(reference, golden, thresholds, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
+    options = {"repeats": repeats, "seed": seed, "workers": workers, "max_usd": max_usd, "trust": trust}
+    plan = _plan(reference, golden, thresholds, **options)
     if estimate:
         return _show_estimate(plan)
     with terminal.progress("evaluating") as progress:
-        done = promotion.evaluate(plan, progress=progress)
+        done = evidence.evaluate(plan, progress=progress, say=_say)
     terminal.show_summary(done)
     if done.verdict is not None:
         terminal.show_verdict(done)
@@ -121,10 +127,11 @@ def evaluate(
 def _show_estimate(plan: Plan) -> None:
     from agentkit.examples import read_examples
     from agentkit_pipelines import evaluation
-    from agentkit_tracking import registry
+    from agentkit_tracking import loading, registry
 
     os.environ["AGENTKIT_TRACES"] = "off"
-    system = registry.load_folder(*registry.fetch_version(plan.version))
+    loading.require_trusted(plan.version, plan.trust)
+    system = loading.load_folder(*registry.fetch_version(plan.version))
     repeats = plan.repeats or evaluation.default_repeats(system)
     found = evaluation.estimate(system, read_examples(plan.golden), repeats, plan.workers)
     usd = "unknown: no price for this model" if found.usd is None else f"{found.usd:.2f}"
@@ -171,12 +178,12 @@ def promote(
 def _promote(
     one: str, asked: bool, golden: Path | None, thresholds: Path | None, repeats: int | None, *rest: Any
 ) -> int:
-    from agentkit_pipelines import promotion
+    from agentkit_pipelines import evidence, promotion
 
     seed, workers, max_usd = rest
     plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
     plan = _with_thresholds(plan, thresholds)
-    if asked and (verdict := promotion.judged_alike(plan)):
+    if asked and (verdict := evidence.judged_alike(plan)):
         _say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
         return OK
     with terminal.progress(f"evaluating {plan.version}") as progress:
@@ -189,7 +196,7 @@ def _promote(
 def _with_thresholds(plan: Plan, given: Path | None) -> Plan:
     from dataclasses import replace
 
-    from agentkit_pipelines.promotion import find_thresholds
+    from agentkit_pipelines.evidence import find_thresholds
 
     return replace(plan, thresholds=find_thresholds(plan.version.name, given))
 
@@ -205,12 +212,26 @@ def rollback(
 ) -> None:
     """Put the previous production release back, whole."""
     from agentkit_pipelines import promotion
-    from agentkit_tracking.registry import RELOAD_S
+    from agentkit_tracking.loading import RELOAD_S
 
     left, now = promotion.rollback(system, why=why)
     terminal.console().print(
-        f"[bold]{now}[/bold] is in production again, {left} is not. Processes that follow the alias change over within "
+        f"[bold]{now}[/bold] is in production again, {left or 'nothing'} was before. Processes that follow the alias change over within "
         f"{RELOAD_S:g} s; runs under way finish with the release they began with."
+    )
+
+
+@app.command()
+def withdraw(
+    system: Annotated[str, typer.Argument(help="name of the system")],
+    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
+) -> None:
+    """Take production out and leave nothing there: loads of NAME@production are refused until a promotion or rollback."""
+    from agentkit_pipelines import promotion
+
+    left = promotion.withdraw(system, why=why)
+    terminal.console().print(
+        f"[bold]{left}[/bold] is out; nothing is {system}@production until you promote or roll back"
     )
 
 
@@ -226,16 +247,18 @@ def run(
         bool, typer.Option("--approve", help="ask here where a person has to decide (else: rejected)")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the whole record as JSON")] = False,
+    trust: Trusted = False,
 ) -> None:
     """Run once and show route, steps, decision, cost, latency and the trace."""
     from contextlib import nullcontext
 
     from agentkit.systems import approve_with
-    from agentkit_tracking import registry, source
+    from agentkit_tracking import loading, source
 
     os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
-    system = source.load_entry(source.parse_entry(reference)) if is_file else registry.load(_in_force(reference))
+    draft = source.load_entry(source.parse_entry(reference)) if is_file else None
+    system = draft or loading.load(_in_force(reference), trust=trust)
     names, required = system.input_names()
     inputs: dict[str, Any] = {names[0] if names else "text": text, **_pairs(given or [])}
     for name in sorted(required - inputs.keys()):
@@ -252,12 +275,11 @@ def run(
 
 def _in_force(reference: str) -> str:
     """A bare name means the release in production, or the newest where there is none."""
-    from agentkit_pipelines.promotion import find_production
+    from agentkit_tracking.production import find_production
 
-    if not reference.isidentifier():
+    if not reference.isidentifier() or find_production(reference) is None:
         return reference
-    production = find_production(reference)
-    return reference if production is None else str(production)
+    return f"{reference}@production"
 
 
 def _pairs(given: list[str]) -> dict[str, str]:
@@ -281,14 +303,15 @@ def batch(
     id_column: Annotated[str, typer.Option(help="unique per row; a restart goes by it")] = "id",
     workers: Workers = None,
     max_usd: MaxUsd = None,
+    trust: Trusted = False,
 ) -> None:
     """Run a file of inputs through a release in the batch notebook; can be stopped and started again."""
     from agentkit_pipelines.notebook_runner import run_notebook
-    from agentkit_tracking import registry
+    from agentkit_tracking import loading
     from agentkit_tracking.home import home
 
     reference = _in_force(reference)
-    registry.resolve(reference)  # wrong use is said before a kernel starts
+    loading.fetch(reference, trust=trust)  # wrong use is said before a kernel starts
     if not source.is_file():
         raise UsageError(f"there is no file {source}")
     parameters: dict[str, Any] = {
@@ -296,6 +319,7 @@ def batch(
         "source": str(source.resolve()),
         "target": str(target.resolve()),
         "id_column": id_column,
+        "trust": trust,
     }
     parameters |= {k: v for k, v in {"workers": workers, "max_usd": max_usd}.items() if v is not None}
     with terminal.progress("batch") as progress:
@@ -345,9 +369,9 @@ def show(reference: Reference) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from agentkit_tracking import registry
+    from agentkit_tracking import loading, registry
 
-    version = registry.resolve(reference)
+    version = loading.resolve(reference)
     _, manifest = registry.fetch_version(version)
     console = terminal.console()
     console.print(
@@ -367,9 +391,6 @@ def show(reference: Reference) -> None:
     for name, state in manifest.prompts.items():
         console.print(f"\n[bold]{name}[/bold]")
         console.print(escape(registry.prompt_text(state)))
-    for key in ("promoted", "rolled_back"):
-        if (text := (version.tags or {}).get(f"agentkit.{key}")) is not None:
-            console.print(f"\n{key.replace('_', ' ')}: {text}")
 
 
 @app.command()
@@ -478,8 +499,8 @@ def ui(
         str, typer.Option(help="keep to loopback unless something in front of it checks who asks")
     ] = "127.0.0.1",
 ) -> None:
-    """Serve the MLflow UI on the local store: compare versions, read verdicts, set `candidate`."""
-    from agentkit_tracking.home import connect, home, prepare_environment, tracking_uri
+    """Serve the MLflow UI on the local store: compare versions, read verdicts, set `candidate`. Guards `production`."""
+    from agentkit_tracking.home import connect, home, prepare_environment, registry_uri, tracking_uri
 
     prepare_environment()
     connect()
@@ -492,6 +513,10 @@ def ui(
         "server",
         "--backend-store-uri",
         uri,
+        "--registry-store-uri",
+        registry_uri(),
+        "--app-name",
+        "agentkit",
         "--default-artifact-root",
         (home() / "artifacts").as_uri(),
     ]

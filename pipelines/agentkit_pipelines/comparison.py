@@ -6,13 +6,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from agentkit_tracking import registry
-from agentkit_tracking.manifest import SOURCE, differing
+from agentkit_tracking import loading, registry
+from agentkit_tracking.manifest import SOURCE, Manifest, differing
 
 
 def differences(old: str, new: str) -> list[str]:
     """Headings (`# …`), unified diffs of prompts and source files, and `- / +` pairs of settings; empty if none."""
-    a, b = registry.fetch(old), registry.fetch(new)
+    a, b = (_fetched(reference) for reference in (old, new))
     lines: list[str] = []
     for name in sorted(a[1].prompts.keys() | b[1].prompts.keys()):
         before, after = (registry.prompt_text(m.prompts[name]) if name in m.prompts else "" for _, m in (a, b))
@@ -29,6 +29,13 @@ def differences(old: str, new: str) -> list[str]:
         if a[1].files.get(path) != b[1].files.get(path):
             lines += _titled(f"file {path}", _unified(_text(a[0], path), _text(b[0], path)))
     return lines
+
+
+def _fetched(reference: str) -> tuple[Path, Manifest]:
+    """A release to read, not to run: its hashes are checked, nobody needs to vouch for it."""
+    if loading.is_folder(reference):
+        return registry.fetch_folder(Path(reference))
+    return registry.fetch_version(loading.resolve(reference))
 
 
 def _titled(title: str, lines: list[str]) -> list[str]:

@@ -63,8 +63,8 @@ def _quiet() -> None:
 
 def _story(root: Path, home: Path) -> None:
     with console.status("starting (imports: dspy, mlflow, scikit-learn)"):
-        from agentkit_pipelines import promotion
-        from agentkit_tracking import registry
+        from agentkit_pipelines import evidence, promotion
+        from agentkit_tracking import loading, registry
         from agentkit_tracking.home import connect
 
         connect()
@@ -77,12 +77,12 @@ def _story(root: Path, home: Path) -> None:
         console.print(f"  registered [bold]{version}[/bold], release {version.release_id[:12]}, {_seconds()}")
         return version
 
-    def promote(version: registry.Version, expected: str) -> promotion.Evaluation:
+    def promote(version: registry.Version, expected: str) -> evidence.Evaluation:
         console.print(f"  [dim]$ agentkit promote {version} --repeats {REPEATS}[/dim]")
-        plan = promotion.Plan(
+        plan = evidence.Plan(
             version,
-            promotion.find_golden(version.name),
-            promotion.find_thresholds(version.name),
+            evidence.find_golden(version.name),
+            evidence.find_thresholds(version.name),
             repeats=REPEATS,
         )
         with terminal.progress(f"  golden set × {REPEATS}") as progress:
@@ -115,7 +115,7 @@ def _story(root: Path, home: Path) -> None:
         f"  {left} → [bold]{now}[/bold] in production again, {_seconds()}; running processes follow within 10 s"
     )
 
-    _one_run(registry.load(f"{v4.name}@production"))
+    _one_run(loading.load(f"{v4.name}@production"))
     _next(home, root)
 
 
@@ -143,7 +143,7 @@ def _diff(old: object, new: object) -> None:
 
 
 def _verdict(done: object, expected: str) -> None:
-    from agentkit_pipelines.promotion import Evaluation
+    from agentkit_pipelines.evidence import Evaluation
     from agentkit_pipelines.report import SYMBOL, summarise
 
     assert isinstance(done, Evaluation)

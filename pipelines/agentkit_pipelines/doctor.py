@@ -30,7 +30,7 @@ class Finding:
 
 def examine(*, port: int = 5000, repair: bool = False) -> list[Finding]:
     """All findings, in the order in which a user would want to mend them."""
-    return [*_python(), *_packages(), *_home(), *_models(), *_store(repair), *_port(port)]
+    return [*_python(), *_packages(), *_home(), *_models(), *_keys(), *_store(repair), *_port(port)]
 
 
 def _python() -> Iterator[Finding]:
@@ -96,7 +96,6 @@ def _models() -> Iterator[Finding]:
 def _store(repair: bool) -> Iterator[Finding]:
     from mlflow.exceptions import MlflowException
 
-    from agentkit_pipelines.promotion import find_production, mirror_prompts, mirrors_wrong
     from agentkit_tracking import registry
     from agentkit_tracking.home import tracking_uri
 
@@ -105,24 +104,69 @@ def _store(repair: bool) -> Iterator[Finding]:
     except AgentkitError as e:
         yield Finding("bad", str(e))
         return
-    yield Finding("ok", f"MLflow store {tracking_uri()}: {len(names)} systems; `production` is enforced at load only")
+    yield Finding("ok", f"MLflow store {tracking_uri()}: {len(names)} systems; {enforcement()}")
     for name in names:
-        production = find_production(name)
-        if production is None:
-            continue
         try:
-            registry.fetch_version(production)
-            yield Finding("ok", f"{name}@production is {production}, release {production.release_id[:12]}, intact")
-        except AgentkitError as e:
-            yield Finding("bad", f"{name}@production: {e}", f"agentkit rollback {name}")
-        if not (wrong := mirrors_wrong(production)):
-            continue
-        what = f"{name}: {len(wrong)} prompt aliases differ from production"
-        try:
-            mended = mirror_prompts(production) if repair else 0
-            yield Finding("ok", f"{what}; mended") if mended else Finding("warn", what, "agentkit doctor --repair")
-        except MlflowException as e:  # a prompt was deleted, say
-            yield Finding("warn", f"{what} and cannot be mended", str(e).splitlines()[0])
+            yield from _production(name, repair)
+        except (AgentkitError, MlflowException) as e:
+            advice = f"agentkit verify {name}@production; agentkit rollback {name}, or promote a version"
+            yield Finding("bad", f"{name}@production: {str(e).splitlines()[0]}", advice)
+
+
+def enforcement() -> str:
+    """Where `production` is enforced by the store in use: by a server that refuses, or by those who load."""
+    from mlflow.exceptions import MlflowException
+
+    from agentkit_tracking.home import connect, is_local_store
+
+    try:  # no such model exists; a guarded store refuses before it looks
+        connect().set_registered_model_alias("agentkit.probe", "production", "1")
+    except MlflowException as e:
+        if e.error_code == "PERMISSION_DENIED":
+            here = " (for agentkit and `agentkit ui`; others can open the file)" if is_local_store() else ""
+            return f"`production` is enforced by the store{here} and at load"
+    return "`production` is enforced at load only"
+
+
+def _production(name: str, repair: bool) -> Iterator[Finding]:
+    """A system's history, the release in production and what mirrors them."""
+    from agentkit_tracking import loading, mirrors, production, registry
+
+    if repair and (restored := mirrors.restore(name)):
+        yield Finding("ok", f"{name}: {restored} lost entries of the history restored from this machine's copy")
+    history = production.history_of(name)
+    if history.head is None and "production" not in registry.look_up(name).aliases:
+        return
+    mended = mirrors.mirror(history) if repair else 0
+    version = production.find_production(name)
+    if version is None:
+        yield Finding("ok", f"{name}: nothing in production")
+        return
+    loading.fetch_production(name)
+    by = f", signed by {history.head.who}" if history.head else ""
+    yield Finding("ok", f"{name}@production is {version}, release {version.release_id[:12]}, intact{by}")
+    wrong = mirrors.prompts_wrong(registry.look_up(name), history)
+    if wrong:
+        yield Finding("warn", f"{name}: {len(wrong)} prompt aliases differ from production", "agentkit doctor --repair")
+    elif mended:
+        yield Finding("ok", f"{name}: {mended} aliases or texts that did not mirror the history; mended")
+
+
+def _keys() -> Iterator[Finding]:
+    from agentkit_tracking.keys import load_trust, signing_key, trust_path
+
+    try:
+        trust = load_trust()
+        if not trust.keys:
+            yield Finding("ok", "no signing key yet; the first promotion makes a local one")
+            return
+        found = ", ".join(f"{k.id} {k.owner} ({k.status})" for k in trust.keys)
+        yield Finding("ok", f"trusted keys in {trust_path()}: {found}")
+        key = signing_key().public
+        note = ": local, vouches for this machine only" if key.local else ""
+        yield Finding("ok", f"signing key {key.id} of {key.owner}{note}")
+    except AgentkitError as e:
+        yield Finding("warn", str(e), "agentkit keys --help; without a key you can load and verify, not promote")
 
 
 def _port(port: int) -> Iterator[Finding]:

@@ -7,13 +7,17 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agentkit.errors import AgentkitError, UsageError
 
+if TYPE_CHECKING:
+    from agentkit_pipelines.warm_kernels import WarmKernels
+
 NOTEBOOKS = Path(__file__).parent / "notebooks"
+KERNEL = "python3"
 PROGRESS_FILE = "progress.json"
 Progress = Callable[[int, int], None]
 
@@ -33,12 +37,19 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     return dict(papermill.inspect_notebook(str(notebook)))
 
 
-def run_notebook(name: str, parameters: Mapping[str, Any], output: Path, progress: Progress | None = None) -> Path:
+def run_notebook(
+    name: str,
+    parameters: Mapping[str, Any],
+    output: Path,
+    progress: Progress | None = None,
+    kernels: WarmKernels | None = None,
+) -> Path:
     """Execute `notebooks/<name>.ipynb` in a kernel of its own; returns the executed notebook.
 
     Args:
         output: folder for the executed notebook and whatever the notebook writes (its parameter `output`).
         progress: called about twice a second with the (done, total) that the notebook reports.
+        kernels: where to take a kernel from that has been started ahead; default: one is started now.
 
     Raises:
         UsageError: the notebook has no such parameter (papermill itself would only warn and run with the default).
@@ -54,16 +65,18 @@ def run_notebook(name: str, parameters: Mapping[str, Any], output: Path, progres
         raise UsageError(f"notebook {name} has no parameter {', '.join(unknown)}; it takes {', '.join(known)}")
     output.mkdir(parents=True, exist_ok=True)
     executed = output / f"{name}.ipynb"
-    with _watching(output / PROGRESS_FILE, progress), _kernel_options() as options:
+    warm = kernels.taken() if kernels is not None else nullcontext({})
+    with _watching(output / PROGRESS_FILE, progress), kernel_options() as options, warm as from_warm:
         try:
             papermill.execute_notebook(
                 str(source),
                 str(executed),
                 parameters={**parameters, "output": str(output)},
-                kernel_name="python3",
+                kernel_name=KERNEL,
                 progress_bar=False,
                 cwd=os.getcwd(),
                 **options,
+                **from_warm,
             )
         except PapermillExecutionError as e:
             raise NotebookFailed(f"{name}: {e.ename}: {e.evalue} (see {executed})", executed, e.ename) from e
@@ -73,7 +86,7 @@ def run_notebook(name: str, parameters: Mapping[str, Any], output: Path, progres
 
 
 @contextmanager
-def _kernel_options() -> Iterator[dict[str, Any]]:
+def kernel_options() -> Iterator[dict[str, Any]]:
     """Talk to the kernel over Unix sockets in a folder of ours: TCP on loopback is open to every local user."""
     from traitlets.config import Config
 

@@ -1,12 +1,13 @@
-"""Where agentkit's records and releases live: run log (DuckDB), MLflow traces and registry, release manifests."""
+"""Where agentkit's records and releases live: run log (DuckDB), MLflow traces and registry, manifests, signatures."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agentkit_tracking.home import connect, home
+    from agentkit_tracking.loading import fetch, follow, load
     from agentkit_tracking.manifest import Manifest
-    from agentkit_tracking.registry import Version, fetch, follow, load, register, versions
+    from agentkit_tracking.registry import Version, register, versions
     from agentkit_tracking.runlog import RunLog
 
 _HOME = {
@@ -14,10 +15,10 @@ _HOME = {
     "RunLog": "runlog",
     "Version": "registry",
     "connect": "home",
-    "fetch": "registry",
-    "follow": "registry",
+    "fetch": "loading",
+    "follow": "loading",
     "home": "home",
-    "load": "registry",
+    "load": "loading",
     "register": "registry",
     "versions": "registry",
 }

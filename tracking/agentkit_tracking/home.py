@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentkit.errors import UsageError
+from agentkit_tracking.guard import SCHEME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,6 +43,42 @@ def home() -> Path:
 def tracking_uri() -> str:
     """`MLFLOW_TRACKING_URI`, or a SQLite file in the home."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def is_local_store() -> bool:
+    """Whether the store is the SQLite file in the home, which only this project's own people write."""
+    return not os.environ.get("MLFLOW_TRACKING_URI")
+
+
+def registry_uri() -> str:
+    """Where releases are registered: SQLite through the guard, so that our own client cannot go round it either."""
+    uri = tracking_uri()
+    return f"{SCHEME}{uri}" if uri.startswith("sqlite:") else uri
+
+
+def author() -> str:
+    """Who is at work: `AGENTKIT_AUTHOR`, or the name of the login."""
+    try:
+        return os.environ.get("AGENTKIT_AUTHOR") or getpass.getuser()
+    except (OSError, KeyError):
+        return "unknown"
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file of its own; a process that dies lets go of it.
+
+    Where there is no `fcntl` (Windows), one writer at a time is up to the caller.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def prepare_environment() -> None:
@@ -81,7 +121,7 @@ def _connect(uri: str, folder: str) -> MlflowClient:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        client = mlflow.MlflowClient(uri)
+        client = mlflow.MlflowClient(uri, registry_uri())
         client.search_experiments(max_results=1)
     except MlflowException as e:
         reason = str(e).splitlines()[0].rpartition("Caused by ")[2][:200]
@@ -98,13 +138,16 @@ def _use(uri: str) -> None:
     """Point mlflow's module-level functions at `uri`, too."""
     import mlflow
 
-    if mlflow.get_tracking_uri() == uri:
+    if mlflow.get_tracking_uri() == uri and mlflow.get_registry_uri() == registry_uri():
         return
-    given = os.environ.get("MLFLOW_TRACKING_URI")
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+    given = {name: os.environ.get(name) for name in names}
     mlflow.set_tracking_uri(uri)
-    if given is None:
-        # mlflow sets it for child processes; left there, it would outlive a change of AGENTKIT_HOME.
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    mlflow.set_registry_uri(registry_uri())
+    for name, value in given.items():
+        # mlflow sets them for child processes; left there, they would outlive a change of AGENTKIT_HOME.
+        if value is None:
+            os.environ.pop(name, None)
 
 
 def experiment_id(system: str) -> str:

@@ -1,41 +1,41 @@
-"""Releases in MLflow: register, resolve, fetch, load.
+"""Releases in MLflow: register, resolve, fetch. What is in production, and loading, is `production.py` and `loading.py`.
 
 A release is a version of the registered model `<system>`; its artifacts are the release folder, and each of its
 prompts is a version in the prompt registry, linked. Alias meanings: register sets none; `candidate` is what a person
-or pipeline asks to be promoted; `production` only the gate sets.
+or pipeline asks to be promoted; `production` mirrors the signed history, which only the gate writes.
 """
 
 from __future__ import annotations
 
-import getpass
 import json
 import logging
 import os
 import re
 import subprocess
 import tempfile
-import threading
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from agentkit.errors import ReleaseError, SourceError, UnknownReference, UsageError
-from agentkit.models import EMBEDDED, Settings, build_lm, load_settings
-from agentkit.records import RunRecord
-from agentkit.systems import System, adopt, short_name
+from agentkit.systems import System, adopt
 from agentkit_tracking import manifest as manifests
-from agentkit_tracking.home import connect, experiment_id, home
+from agentkit_tracking.home import author, connect, experiment_id, home
+from agentkit_tracking.keys import signing_key
 from agentkit_tracking.live import differences
 from agentkit_tracking.manifest import Manifest, read_release
 from agentkit_tracking.source import Entry, adopt_from, load_entry, parse_entry, prepared
+from agentkit_tracking.statements import Registration, sign, signer
 
-PRODUCTION, CANDIDATE = "production", "candidate"
+CANDIDATE = "candidate"
 TAG = "agentkit."
-RELOAD_S = 10.0  # how soon a following process notices that the alias has moved
+# Tags of a version: two signed statements, the verdict in a word, names and versions of its prompts in MLflow.
+REGISTRATION, EVALUATION = f"{TAG}registration", f"{TAG}evaluation"
+VERDICT, PROMPTS = f"{TAG}last_verdict", f"{TAG}prompts"
 _PROMPT_LIMIT = 100_000  # characters; mlflow takes no longer prompt
 DESCRIPTION_LIMIT = 5000  # characters; mlflow's column, which SQLite alone does not enforce
 _log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ class Version:
     aliases: tuple[str, ...] = ()
     model_id: str | None = None
     created_at: float = 0.0  # seconds since the epoch
+    stage: str = "None"  # MLflow's old stages; ours are aliases
+    description: str = ""
 
     def __str__(self) -> str:
         return f"{self.name}/{self.number}"
@@ -126,9 +128,11 @@ def store(system: System, entry: Entry) -> Version:
     client = connect()
     if (known := find_release(system.name, release_id)) is not None:
         return known
+    metadata = _metadata(entry.root)
+    if (signed := _signed_registration(manifest, metadata)) is not None:
+        metadata[REGISTRATION] = signed
     prompts = _store_prompts(manifest)
     _create_model(system.name)
-    metadata = _metadata(entry.root)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "release"
         manifests.write_release(folder, manifest, files, weights)
@@ -141,18 +145,35 @@ def store(system: System, entry: Entry) -> Version:
             params={"model": manifest.model, "release": release_id[:12], "weights": (manifest.weights or "none")[:12]},
         )
         client.log_model_artifacts(model.model_id, str(folder))
-        client.finalize_logged_model(model.model_id, "READY")
+        for prompt in prompts.values():
+            client.link_prompt_version_to_model(prompt["name"], str(prompt["version"]), model.model_id)
+        client.finalize_logged_model(model.model_id, "READY")  # sealed: a guarded server lets nothing be changed in it
     # The version comes last: what has a number is complete.
     made = client.create_model_version(
         system.name,
         source=f"models:/{model.model_id}",
         model_id=model.model_id,
-        tags={f"{TAG}release_id": release_id, f"{TAG}prompts": json.dumps(prompts), **metadata},
+        tags={f"{TAG}release_id": release_id, PROMPTS: json.dumps(prompts), **metadata},
         description=describe(manifest, prompts),
     )
-    for prompt in prompts.values():
-        client.link_prompt_version_to_model(prompt["name"], str(prompt["version"]), model.model_id)
     return Version(system.name, int(made.version), release_id, True, dict(made.tags), model_id=model.model_id)
+
+
+def _signed_registration(manifest: Manifest, metadata: dict[str, str]) -> str | None:
+    """Who registers, signed, where there is a key; without one a release is registered all the same, as nobody's."""
+    try:
+        key = signing_key()
+    except UsageError as e:
+        _log.info("registered without a signature: %s", e)
+        return None
+    said = Registration(
+        system=manifest.system,
+        release=manifest.release_id,
+        time=datetime.now(UTC),
+        signer=signer(key),
+        commit=metadata[f"{TAG}git_commit"],
+    )
+    return sign(said, key)
 
 
 def _create_model(name: str) -> None:
@@ -173,27 +194,19 @@ def _metadata(root: Path) -> dict[str, str]:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):
-        user = "unknown"
     commit = git("rev-parse", "HEAD")
     if commit and git("status", "--porcelain"):
         commit += "+changes"
     return {
         f"{TAG}git_commit": commit or "none",
-        f"{TAG}author": os.environ.get("AGENTKIT_AUTHOR") or git("config", "user.name") or user,
+        f"{TAG}author": os.environ.get("AGENTKIT_AUTHOR") or git("config", "user.name") or author(),
     }
 
 
 def _store_prompts(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Register each prompt, or find the version that has the same content; short name to name, version, hash."""
     client = connect()
-    known = {
-        (p["name"], p["sha256"]): p
-        for v in versions(manifest.system)
-        for p in json.loads((v.tags or {}).get(f"{TAG}prompts", "{}")).values()
-    }
+    known = {(p["name"], p["sha256"]): p for v in versions(manifest.system) for p in prompts_of(v).values()}
     stored = {}
     for short, state in manifest.prompts.items():
         name = f"{manifest.system}.{short}"
@@ -231,8 +244,23 @@ def describe(manifest: Manifest, prompts: dict[str, dict[str, Any]]) -> str:
 # ---- find
 
 
+@dataclass(frozen=True)
+class Registered:
+    """A system as the registry holds it. Its history is among the tags."""
+
+    name: str
+    tags: dict[str, str]
+    aliases: dict[str, int]
+    versions: list[Version]  # oldest first
+
+
 def versions(name: str) -> list[Version]:
     """All versions of a system, oldest first; empty if there is none."""
+    return look_up(name).versions
+
+
+def look_up(name: str) -> Registered:
+    """A system's tags, aliases and versions; all empty if there is none of that name."""
     from mlflow.exceptions import MlflowException
 
     client = connect()
@@ -241,7 +269,7 @@ def versions(name: str) -> list[Version]:
     except MlflowException as e:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":  # a store that is down is not an empty one
             raise
-        return []
+        return Registered(name, {}, {}, [])
     aliases: dict[int, list[str]] = {}
     for alias, number in model.aliases.items():
         aliases.setdefault(int(number), []).append(alias)
@@ -250,7 +278,8 @@ def versions(name: str) -> list[Version]:
     while page is None or page.token:
         page = client.search_model_versions(f"name='{name}'", max_results=1000, page_token=page.token if page else None)
         found += [_version(v, aliases) for v in page]
-    return sorted(found, key=lambda v: v.number)
+    named = {alias: int(number) for alias, number in model.aliases.items()}
+    return Registered(name, dict(model.tags), named, sorted(found, key=lambda v: v.number))
 
 
 def _version(v: Any, aliases: dict[int, list[str]]) -> Version:
@@ -264,7 +293,14 @@ def _version(v: Any, aliases: dict[int, list[str]]) -> Version:
         tuple(sorted(aliases.get(number, ()))),
         source.removeprefix("models:/") if source.startswith("models:/m-") else None,
         v.creation_timestamp / 1000,
+        v.current_stage or "None",
+        v.description or "",
     )
+
+
+def prompts_of(version: Version) -> dict[str, dict[str, Any]]:
+    """A version's prompts: short name to name, version and sha256 in MLflow's prompt registry."""
+    return dict(json.loads((version.tags or {}).get(PROMPTS, "{}")))
 
 
 def systems() -> list[str]:
@@ -313,23 +349,24 @@ def resolve(reference: str) -> Version:
     raise UnknownReference(f"{name} has no {what}; its versions are {', '.join(str(v.number) for v in known)}")
 
 
-# ---- load
+# ---- fetch
 
 
-def fetch(reference: str | Path) -> tuple[Path, Manifest]:
-    """The release as a local folder, every file checked against its hash. A path to a release folder works, too.
+def fetch_folder(folder: Path) -> tuple[Path, Manifest]:
+    """A release folder, every file checked against its hash; a folder named by a release id must have that id.
 
     Raises:
-        ReleaseError: not found, or not intact.
+        ReleaseError: it is none, or not intact.
     """
-    if isinstance(reference, Path) or (os.sep in reference and (Path(reference) / manifests.MANIFEST).is_file()):
-        folder = Path(reference)
-        return folder, read_release(folder, folder.name if _is_release_id(folder.name) else None)
-    return fetch_version(resolve(reference))
+    return folder, read_release(folder, folder.name if _is_release_id(folder.name) else None)
 
 
 def fetch_version(version: Version) -> tuple[Path, Manifest]:
-    """`fetch` for a version that is already resolved."""
+    """A version's release as a local folder, every file checked against its hash.
+
+    Raises:
+        ReleaseError: it cannot be fetched, or is not intact.
+    """
     folder = home() / "releases" / version.release_id
     if folder.exists():
         try:
@@ -387,112 +424,3 @@ def _downloaded(version: Version) -> Iterator[Path]:
             raise ReleaseError(f"the artifacts of {version} cannot be fetched: {e}") from e
         _checked(version, Path(got), f"the store's copy of {version}")
         yield Path(got)
-
-
-def load(reference: str | Path) -> System:
-    """Rebuild exactly the release that `reference` names (see `resolve`), ready to run.
-
-    All hashes are checked before any source is executed.
-
-    Raises:
-        ReleaseError: not found, not intact, or its source builds something else than its manifest says.
-    """
-    return load_folder(*fetch(reference))
-
-
-def _say_other_packages(manifest: Manifest) -> None:
-    """The same release may answer otherwise under other versions of what it computes with."""
-    here = manifests.installed_packages()
-    other = [f"{n} {v} (here {here.get(n)})" for n, v in manifest.packages.items() if here.get(n) != v]
-    if other:
-        _log.warning("release %s was made with %s", manifest.release_id[:12], ", ".join(other))
-
-
-def load_folder(folder: Path, manifest: Manifest) -> System:
-    """Build the system of a checked release folder."""
-    root = (folder / manifests.SOURCE).resolve()
-    file, _, name = manifest.entry.rpartition(":")
-    system = load_entry(Entry(root / file, name, root))
-    _check_promises(system, manifest)
-    for path, predictor in system.named_predictors():
-        pinned = predictor.lm  # by the source; no part of the state
-        predictor.load_state({**manifest.prompts[short_name(path)], "traces": [], "train": [], "lm": None})
-        predictor.lm = pinned
-    if manifest.weights is not None:
-        from agentkit.embedded import Weights
-
-        system.use(Weights.from_file(str(folder / manifests.WEIGHTS)))
-    _say_other_packages(manifest)
-    system.name, system.model, system.release = manifest.system, manifest.model, manifest.release_id
-    if manifest.model != EMBEDDED:
-        system._lm = ((system.model, id(system.weights)), build_lm(manifest.model, settings=_settings(manifest)))
-    return system
-
-
-def _check_promises(system: System, manifest: Manifest) -> None:
-    """What was judged is what runs, also where the source looks at the environment: a limit, a permission, a budget."""
-    built = {"prompts": sorted(short_name(path) for path, _ in system.named_predictors()), **_binding(system.spec())}
-    said = {"prompts": sorted(manifest.prompts), **_binding(manifest.spec)}
-    found = [f"{path} is {b!r}, should be {a!r}" for path, a, b in manifests.differing(said, built) if path != "name"]
-    if found:
-        raise ReleaseError(
-            f"release {manifest.release_id[:12]} of {manifest.system}: its source builds something else than its "
-            f"manifest says: {'; '.join(found)}"
-        )
-
-
-def _binding(spec: dict[str, Any]) -> dict[str, Any]:
-    """The spec without JSON Schemas, whose wording may change with pydantic; the source that makes them is hashed."""
-    plain: dict[str, Any] = json.loads(json.dumps(spec))
-    for part, schema in (("agents", "result"), ("tools", "arguments")):
-        plain[part] = {n: {k: v for k, v in x.items() if k != schema} for n, x in plain[part].items()}
-    return plain
-
-
-def _settings(manifest: Manifest) -> Settings:
-    """This machine's settings, with the model's parameters as released; only secrets are the machine's own."""
-    settings = load_settings()
-    own = {k: v for k, v in settings.options.get(manifest.model, {}).items() if manifests.is_secret(k)}
-    return settings.model_copy(update={"options": {**settings.options, manifest.model: {**own, **manifest.parameters}}})
-
-
-class Following:
-    """Runs whatever release an alias points to, looking again every `reload_s` seconds; see `follow`."""
-
-    def __init__(self, reference: str, reload_s: float) -> None:
-        self._reference, self._reload_s = reference, reload_s
-        self._version = resolve(reference)
-        self._system = load_folder(*fetch_version(self._version))
-        self._looked, self._lock = time.monotonic(), threading.Lock()
-
-    @property
-    def system(self) -> System:
-        """The release in force, at most `reload_s` seconds old. A run under way keeps the one it started with.
-
-        Raises:
-            ReleaseError: the alias is gone, or what it names is not intact. A store that does not answer is no reason
-                to stop: the release at hand goes on, with a warning, until the next look.
-        """
-        from mlflow.exceptions import MlflowException
-
-        with self._lock:
-            if time.monotonic() - self._looked >= self._reload_s:
-                try:
-                    version = resolve(self._reference)
-                    if version.release_id != self._version.release_id:
-                        self._system, self._version = load_folder(*fetch_version(version)), version
-                except MlflowException as e:
-                    _log.warning("%s cannot be looked up, %s goes on: %s", self._reference, self._version, e)
-                self._looked = time.monotonic()
-            return self._system
-
-    def run(self, **inputs: Any) -> RunRecord:
-        """`System.run` of the release in force."""
-        return self.system.run(**inputs)
-
-
-def follow(reference: str, reload_s: float = RELOAD_S) -> Following:
-    """A long-running process's handle on `name@production`: promotions and rollbacks reach it within `reload_s`."""
-    if "@" not in reference:
-        raise UsageError(f"follow an alias, e.g. name@production; {reference!r} never moves")
-    return Following(reference, reload_s)

@@ -1,6 +1,6 @@
 """What an MLflow server runs so that `production` means evidence, by every route.
 
-    mlflow server --backend-store-uri sqlite:///mlflow.db --registry-store-uri agentkit-sqlite:///mlflow.db --app-name agentkit
+mlflow server --backend-store-uri sqlite:///mlflow.db --registry-store-uri agentkit-sqlite:///mlflow.db --app-name agentkit
 """
 
 from __future__ import annotations

@@ -1,0 +1,409 @@
+"""The evidence of one version: the evaluate notebook in a kernel, everything it left in one MLflow run, and a signature.
+
+Moves nothing. What `promotion.py` does on the verdict `pass` rests on the hashes signed here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from agentkit.errors import BudgetExceeded, TrustError, UsageError
+from agentkit.examples import Example, read_examples, sha256_of
+from agentkit_pipelines import report
+from agentkit_pipelines.evaluation import RESULT_COLUMNS
+from agentkit_pipelines.gate import Verdict
+from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_notebook
+from agentkit_pipelines.thresholds import COST_PER_SUCCESS, Thresholds, load_thresholds
+from agentkit_tracking import registry
+from agentkit_tracking.home import connect, experiment_id, home, project_root
+from agentkit_tracking.keys import SigningKey, signing_key
+from agentkit_tracking.loading import require_trusted
+from agentkit_tracking.manifest import MANIFEST, Manifest
+from agentkit_tracking.production import current, evaluation_of, history_of
+from agentkit_tracking.registry import DESCRIPTION_LIMIT, EVALUATION, TAG, VERDICT, Version
+from agentkit_tracking.statements import Evaluation as SignedEvaluation
+from agentkit_tracking.statements import Evidence, sign, signer
+
+Say = Callable[[str], None]
+_RELEASE = "### Release "
+RESULTS, PRODUCTION_RESULTS, VERDICT_FILE, SETTINGS = (
+    "results.parquet",
+    "production.parquet",
+    "verdict.json",
+    "settings.json",
+)
+EVIDENCE, THRESHOLDS, NOTEBOOK, SIGNED = "evidence.json", "thresholds.yaml", "evaluate.ipynb", "evaluation.dsse.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to evaluate, on what, against which bar."""
+
+    version: Version
+    golden: Path
+    thresholds: Path | None
+    repeats: int | None = None
+    seed: int = 0
+    workers: int | None = None
+    max_usd: float | None = None
+    trust: bool = False  # evaluate, that is execute, a version of another's store that nobody vouches for
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation. `verdict` is None where there were no thresholds; `production` is what it was compared to."""
+
+    version: Version
+    folder: Path
+    results: pl.DataFrame
+    verdict: Verdict | None
+    production: Version | None
+    run_id: str
+    attempts: int
+    evidence: dict[str, Any]
+    proof: Evidence | None = None  # what is signed of it
+
+
+def find_golden(system: str, given: Path | None = None) -> Path:
+    """The golden set: the file given, else `data/<system>/golden.jsonl`, else the only `data/*/golden.jsonl`.
+
+    Raises:
+        UsageError: there is none, or more than one.
+    """
+    if given is not None:
+        return given
+    data = project_root() / "data"
+    if (own := data / system / "golden.jsonl").is_file():
+        return own
+    found = sorted(data.glob("*/golden.jsonl"))
+    if len(found) != 1:
+        raise UsageError(f"{len(found)} golden sets below {data}; name one with --golden FILE.jsonl")
+    return found[0]
+
+
+def find_thresholds(system: str, given: Path | None = None) -> Path:
+    """The thresholds file: the one given, else `thresholds/<system>.yaml` in the project or beside this module.
+
+    Raises:
+        UsageError: there is none.
+    """
+    places = (
+        [given] if given else [f / "thresholds" / f"{system}.yaml" for f in (project_root(), Path(__file__).parent)]
+    )
+    for place in places:
+        if place.is_file():
+            return place
+    raise UsageError(f"no thresholds for {system}: expected {' or '.join(map(str, places))}; see pipelines/README.md")
+
+
+# ---- evaluate
+
+
+def evaluate(
+    plan: Plan, *, progress: Progress | None = None, say: Say = lambda _: None, key: SigningKey | None = None
+) -> Evaluation:
+    """Run the evaluate notebook in a kernel, then log everything to MLflow in bulk, and sign it. Moves no alias.
+
+    Args:
+        key: signs what was found; default: `keys.signing_key()`, if there is one.
+
+    Raises:
+        UsageError, DataError, ReleaseError (TrustError: nobody vouches for it): wrong input; found before a kernel starts.
+        BudgetExceeded: `max_usd` was reached.
+        NotebookFailed: a cell raised; the executed notebook is kept.
+    """
+    examples = read_examples(plan.golden)
+    if unlabelled := [e.id for e in examples if not e.expected]:
+        raise UsageError(f"{plan.golden}: {len(unlabelled)} cases have no expected values, e.g. {unlabelled[0]!r}")
+    thresholds = None if plan.thresholds is None else load_thresholds(plan.thresholds)
+    if thresholds is not None and thresholds.system != plan.version.name:
+        raise UsageError(f"{plan.thresholds} is for {thresholds.system!r}, not for {plan.version.name!r}")
+    require_trusted(plan.version, plan.trust)
+    folder, manifest = registry.fetch_version(plan.version)
+    if manifest.spec["success"] is None:
+        raise UsageError(f"{plan.version} names no success metric; register it with System(…, success=metric)")
+    _check_metrics(thresholds, manifest)
+    golden_sha256 = sha256_of(plan.golden)
+    production = current(plan.version.name)
+    compared = production if production is not None and production.release_id != plan.version.release_id else None
+    output = _output_folder(plan.version)
+    shutil.copy(folder / MANIFEST, output)
+    bar = shutil.copy(plan.thresholds, output / THRESHOLDS) if plan.thresholds else ""
+    parameters: dict[str, Any] = {
+        "version": str(folder),
+        "golden": str(plan.golden.resolve()),
+        "thresholds": str(bar),  # the copy, so that what was asked for is what the evidence holds
+        "seed": plan.seed,
+    }
+    optional = {"repeats": plan.repeats, "workers": plan.workers, "max_usd": plan.max_usd}
+    parameters |= {name: value for name, value in optional.items() if value is not None}
+    if compared is not None and thresholds is not None:
+        parameters |= _production_parameters(compared, plan)
+    say(f"evaluating {plan.version} on {len(examples)} cases of {plan.golden.name}")
+    digest = content_of(examples)
+    try:
+        notebook = run_notebook("evaluate", parameters, output, progress)
+    except NotebookFailed as e:
+        _log_failure(plan, e, digest)
+        if e.error_name == BudgetExceeded.__name__:
+            raise BudgetExceeded("usd", plan.max_usd or 0.0, plan.max_usd or 0.0, 0.0) from e
+        raise
+    if sha256_of(plan.golden) != golden_sha256:
+        raise UsageError(f"{plan.golden} changed while {plan.version} was evaluated on it; evaluate again")
+    return _log(plan, output, notebook, compared, digest, key or _key(say) if thresholds else None, say)
+
+
+def _key(say: Say) -> SigningKey | None:
+    """The key to sign the evaluation with; without one it is kept all the same, but the version does not show it."""
+    try:
+        return signing_key()
+    except UsageError as e:
+        say(f"not signed, so the version will not show the verdict: {e}")
+        return None
+
+
+def content_of(examples: list[Example]) -> str:
+    """SHA-256 of what cases say, whatever their order and the file's layout: what attempts are counted by."""
+    lines = sorted(json.dumps([e.id, e.inputs, e.expected, e.task_type], sort_keys=True, default=str) for e in examples)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _check_metrics(thresholds: Thresholds | None, manifest: Manifest) -> None:
+    """A rule about a metric that the system does not have is found before anything is run."""
+    known = {"success", COST_PER_SUCCESS, *manifest.spec["metrics"], *RESULT_COLUMNS}
+    if thresholds is not None and (unknown := [r.metric for r in thresholds.rules if r.metric not in known]):
+        near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"the thresholds name a metric {unknown[0]!r} that {manifest.system} does not have{hint}")
+
+
+def _output_folder(version: Version) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
+    folder = home() / "evaluations" / f"{stamp}-{version.name}-{version.number}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _production_parameters(production: Version, plan: Plan) -> dict[str, str]:
+    """Results of production on the same cases and seeds: those of its own promotion if they fit, else evaluated anew."""
+    found = {"production": str(registry.fetch_version(production)[0])}
+    kept = _promotion_results(production)
+    if kept is not None:
+        results, evidence = kept
+        same_set = evidence["golden_sha256"] == sha256_of(plan.golden) and evidence["seed"] == plan.seed
+        if same_set and evidence["repeats"] == (plan.repeats or evidence["repeats"]) and evidence["deterministic"]:
+            found["production_results"] = str(results)
+    return found
+
+
+def _promotion_results(production: Version) -> tuple[Path, dict[str, Any]] | None:
+    """Results and evidence by which production was promoted; None if they are not at hand as they were signed."""
+    from mlflow.exceptions import MlflowException
+
+    head = history_of(production.name).head
+    if head is None or head.problem or head.move.evidence is None or head.move.release != production.release_id:
+        return None
+    signed = head.move.evidence
+    try:
+        folder = download(signed.run)
+        if (sha256_of(folder / EVIDENCE), sha256_of(folder / RESULTS)) != (signed.sha256, signed.results):
+            return None
+        return folder / RESULTS, json.loads((folder / EVIDENCE).read_text())
+    except (MlflowException, OSError):
+        return None
+
+
+def download(run_id: str) -> Path:
+    """The evidence folder of an evaluation, fetched from its MLflow run."""
+    connect()
+    import mlflow
+
+    return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="evidence"))
+
+
+def _log(
+    plan: Plan,
+    output: Path,
+    notebook: Path,
+    compared: Version | None,
+    content: str,
+    key: SigningKey | None,
+    say: Say,
+) -> Evaluation:
+    """Everything into one MLflow run: metrics in one batch, plots, per-case table, executed notebook, evidence.
+
+    The run is sealed when it ends: a guarded server lets nothing of it be changed after.
+    """
+    from mlflow.entities import Metric, Param, RunTag
+
+    client, version = connect(), plan.version
+    results = pl.read_parquet(output / RESULTS)
+    verdict = _read_verdict(output)
+    settings = json.loads((output / SETTINGS).read_text())
+    experiment = experiment_id(version.name)
+    attempts = _count_attempts(experiment, content) + 1
+    files = {
+        "results": RESULTS,
+        "production_results": PRODUCTION_RESULTS,
+        "verdict": VERDICT_FILE,
+        "notebook": notebook.name,
+    }
+    evidence = {
+        "system": version.name,
+        "version": version.number,
+        "release": version.release_id,
+        "compared_with": compared.release_id if compared else None,
+        "verdict": verdict.verdict if verdict else None,
+        "attempt": attempts,
+        "golden_content": content,
+        **{f"{name}_sha256": sha256_of(output / f) if (output / f).is_file() else None for name, f in files.items()},
+        **settings,
+    }
+    (output / EVIDENCE).write_text(json.dumps(evidence, indent=2, sort_keys=True))
+    tags = {
+        f"{TAG}kind": "evaluation",
+        f"{TAG}release": version.release_id,
+        f"{TAG}version": str(version.number),
+        f"{TAG}golden": content,
+        f"{TAG}verdict": verdict.verdict if verdict else "none",
+        f"{TAG}attempt": str(attempts),
+    }
+    text = report.verdict_text(verdict, attempts) if verdict else None
+    if text is not None:
+        tags["mlflow.note.content"] = text
+    run_id = client.create_run(experiment, run_name=f"evaluate v{version.number}", tags=tags).info.run_id
+    now = int(datetime.now(UTC).timestamp() * 1000)
+    figures = report.as_metrics(report.summarise(results))
+    metrics = [Metric(k, v, now, 0, model_id=version.model_id, run_id=run_id) for k, v in figures.items()]
+    params = [Param(k, str(v)) for k, v in settings.items() if k != "exercised"]
+    client.log_batch(run_id, metrics=metrics, params=params, tags=[RunTag(k, v) for k, v in tags.items()])
+    description = _described(text, version)
+    proof = None if verdict is None else _proof(output, evidence, run_id)
+    signed = None if key is None or proof is None else _signed(version, proof, description, key)
+    if signed is not None:
+        (output / SIGNED).write_text(signed)
+    client.log_artifacts(run_id, str(output), "evidence")
+    _log_cases(run_id, results)
+    client.set_terminated(run_id, "FINISHED")
+    if signed is not None and verdict is not None:  # a look at another set, or an unsigned one, is no evidence
+        _show(version, signed, verdict, description, say)
+    return Evaluation(version, output, results, verdict, compared, run_id, attempts, evidence, proof)
+
+
+def _proof(output: Path, evidence: dict[str, Any], run_id: str) -> Evidence:
+    """What is signed of the evidence: its hashes."""
+    return Evidence(
+        sha256=sha256_of(output / EVIDENCE),
+        verdict=evidence["verdict"],
+        verdict_file=evidence["verdict_sha256"],
+        results=evidence["results_sha256"],
+        notebook=evidence["notebook_sha256"],
+        thresholds=evidence["thresholds_sha256"],
+        golden=evidence["golden_sha256"],
+        run=run_id,
+        compared_with=evidence["compared_with"],
+    )
+
+
+def _signed(version: Version, proof: Evidence, description: str, key: SigningKey) -> str:
+    said = SignedEvaluation(
+        system=version.name,
+        release=version.release_id,
+        time=datetime.now(UTC),
+        signer=signer(key),
+        version=version.number,
+        evidence=proof,
+        description=hashlib.sha256(description.encode()).hexdigest(),
+    )
+    return sign(said, key)
+
+
+def _show(version: Version, signed: str, verdict: Verdict, description: str, say: Say) -> None:
+    """Put the signed verdict where people look: tags and description of the version."""
+    from mlflow.exceptions import MlflowException
+
+    client, number = connect(), str(version.number)
+    try:
+        client.set_model_version_tag(version.name, number, EVALUATION, signed)
+        client.set_model_version_tag(version.name, number, VERDICT, verdict.verdict)
+        client.update_model_version(version.name, number, description)
+    except MlflowException as e:
+        if e.error_code != "PERMISSION_DENIED":
+            raise
+        say(f"the server does not show the verdict on {version}: {e}")
+
+
+def _described(gate: str | None, version: Version) -> str:
+    """The version's description: the last verdict above what the release is."""
+    release = version.description[version.description.find(_RELEASE) :] if _RELEASE in version.description else ""
+    room = DESCRIPTION_LIMIT - len(release) - 2
+    return "\n\n".join(filter(None, [(gate or "").strip()[:room], release.strip()]))
+
+
+def _read_verdict(output: Path) -> Verdict | None:
+    path = output / VERDICT_FILE
+    return Verdict.model_validate_json(path.read_bytes()) if path.is_file() else None
+
+
+def _log_cases(run_id: str, results: pl.DataFrame) -> None:
+    """Per-case outcomes where the UI's run comparison shows them; ids and outcomes, never the case's text."""
+    shown = [
+        "case_id",
+        "repeat",
+        "task_type",
+        "state",
+        "route",
+        *report.metric_names(results),
+        "confidence",
+        "latency_s",
+    ]
+    client, rows = connect(), results.select(shown)
+    # What `log_table` writes, which would go through pandas: a split table, and the tag by which the UI finds it.
+    client.log_dict(run_id, {"columns": shown, "data": [list(r) for r in rows.iter_rows()]}, "cases.json")
+    client.set_tag(run_id, "mlflow.loggedArtifacts", json.dumps([{"path": "cases.json", "type": "table"}]))
+
+
+def _log_failure(plan: Plan, error: NotebookFailed, content: str) -> None:
+    """An evaluation that broke is kept, too, and was an attempt."""
+    client = connect()
+    tags = {
+        f"{TAG}kind": "evaluation",
+        f"{TAG}version": str(plan.version.number),
+        f"{TAG}golden": content,
+        f"{TAG}verdict": "crash",
+    }
+    run = client.create_run(experiment_id(plan.version.name), run_name=f"evaluate v{plan.version.number}", tags=tags)
+    client.log_artifacts(run.info.run_id, str(error.notebook.parent), "evidence")
+    client.set_terminated(run.info.run_id, "FAILED")
+
+
+def _count_attempts(experiment: str, content: str) -> int:
+    query = f"tags.`{TAG}kind` = 'evaluation' and tags.`{TAG}golden` = '{content}'"
+    return len(connect().search_runs([experiment], query, max_results=10_000))
+
+
+def judged_alike(plan: Plan) -> str | None:
+    """The verdict, other than pass, that this version already has under the very same conditions; else None.
+
+    A schedule that asks again and again would be given another chance each night.
+    """
+    try:
+        signed = evaluation_of(plan.version)
+    except TrustError:
+        return None
+    if signed is None or plan.thresholds is None:
+        return None
+    found, production = signed.statement.evidence, current(plan.version.name)
+    now = (sha256_of(plan.golden), sha256_of(plan.thresholds), production.release_id if production else None)
+    alike = (found.golden, found.thresholds, found.compared_with) == now
+    return found.verdict if alike and found.verdict != "pass" else None

@@ -1,0 +1,440 @@
+"""What the registry store does not see: runs, experiments, logged models, and artifacts.
+
+A run that is tagged as an evaluation and has ended, and the logged model of a release that is ready, are sealed: what
+a signature vouches for is not changed or deleted, by nobody. Two parts decide, each where the spelling of a request
+cannot fool it. `GuardedTrackingStore` gets what MLflow's handlers have parsed. `Guard`, ASGI middleware, judges the
+requests whose effect does not pass through that store: artifacts, jobs in other processes, routes yet to come.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import posixpath
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from itertools import islice
+from typing import Any
+from urllib.parse import unquote
+
+import click
+from fastapi import FastAPI
+from mlflow.entities import LoggedModelStatus, LoggedModelTag
+from mlflow.environment_variables import (
+    _MLFLOW_AUTH_ADMIN_BOOTSTRAPPED,
+    _MLFLOW_INTERNAL_GATEWAY_AUTH_TOKEN,
+    _MLFLOW_SGI_NAME,
+    MLFLOW_ENABLE_WORKSPACES,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
+from mlflow.server import handlers
+from mlflow.server.constants import (
+    ARTIFACT_ROOT_ENV_VAR,
+    ARTIFACTS_ONLY_ENV_VAR,
+    READ_REPLICA_BACKEND_STORE_URI_ENV_VAR,
+)
+from mlflow.server.mlflow_response import mlflow_exception_response
+from mlflow.store.db.db_types import DATABASE_ENGINES
+from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+from mlflow.store.tracking.dbmodels.models import SqlLoggedModel, SqlRun, SqlTag
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.tracking._tracking_service import utils as client_stores
+from mlflow.utils.mlflow_tags import MLFLOW_MODEL_VERSIONS
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentkit_tracking.guard.registry_store import GuardedStore
+from agentkit_tracking.registry import TAG
+
+KIND, EVALUATION = f"{TAG}kind", "evaluation"
+RELEASE = "agentkit-release"  # the model_type of a release's logged model
+ENDED = ("FINISHED", "FAILED", "KILLED")
+_HOW = "What production means rests on it. To change production: `agentkit promote` or `agentkit rollback`."
+_HEX = re.compile(r"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])", re.IGNORECASE)
+
+# ---- runs, experiments and logged models
+
+
+class GuardedTrackingStore(SqlAlchemyStore):  # type: ignore[misc]
+    """MLflow's SQL store; refuses, with PERMISSION_DENIED (HTTP 403), to change what is sealed.
+
+    Checked (see below the class) is every public method that takes a `run_id` or `model_id` and does not only read, so
+    one that a later MLflow adds is, too. What counts is the run or model that a method changes, not others that it
+    mentions: an evaluation that still runs logs metrics for a sealed model.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sealed: set[str] = set()  # those found so far; sealed is for ever
+
+    def find_sealed(self, ids: Iterable[str], *, still_open: bool = False) -> set[str]:
+        """Which of these runs and models are sealed; `still_open`: or will be when they end."""
+        wanted = set(ids)
+        if found := wanted & self._sealed:
+            return found
+        remaining = iter(wanted)
+        with self.ManagedSessionMaker(read_only=False) as session:  # the primary: a replica may lag behind
+            while some := list(islice(remaining, 500)):
+                runs = _evaluations(session, still_open).filter(SqlRun.run_uuid.in_(some))
+                models = _releases(session, still_open).filter(SqlLoggedModel.model_id.in_(some))
+                found |= {run_id for run_id, _ in runs} | {model_id for model_id, _ in models}
+        if not still_open:
+            self._sealed |= found
+        return found
+
+    def sealed_locations(self) -> list[str]:
+        """Where the artifacts of all sealed runs and models are."""
+        with self.ManagedSessionMaker(read_only=False) as session:
+            return [location for query in (_evaluations, _releases) for _, location in query(session)]
+
+    def delete_experiment(self, experiment_id: str) -> None:
+        """Refused where the experiment holds anything sealed; MLflow would delete its runs with it."""
+        self._refuse_if_holds(experiment_id)
+        super().delete_experiment(experiment_id)
+
+    def rename_experiment(self, experiment_id: str, new_name: str) -> None:
+        """Refused where the experiment holds anything sealed: its name is how evidence is found."""
+        self._refuse_if_holds(experiment_id)
+        super().rename_experiment(experiment_id, new_name)
+
+    def create_experiment(self, name: str, artifact_location: str | None = None, tags: Any = None) -> str:
+        """Refused where its artifacts would be written into those of a sealed run or model."""
+        refuse(self.find_sealed(find_ids(artifact_location or "")))
+        return str(super().create_experiment(name, artifact_location, tags))
+
+    def set_model_versions_tags(self, name: str, version: str, model_id: str) -> None:
+        """The server's own note on a model of the versions that it became, made when they are, after the seal."""
+        noted = json.loads(self.get_logged_model(model_id).tags.get(MLFLOW_MODEL_VERSIONS, "[]"))
+        if (entry := {"name": name, "version": version}) not in noted:
+            tag = LoggedModelTag(MLFLOW_MODEL_VERSIONS, json.dumps([*noted, entry]))
+            super().set_logged_model_tags(model_id, [tag])  # unguarded
+
+    def _refuse_if_holds(self, experiment_id: str) -> None:
+        number = int(self.get_experiment(experiment_id).experiment_id)  # or MLflow's own not-found
+        with self.ManagedSessionMaker(read_only=False) as session:
+            run = _evaluations(session).filter(SqlRun.experiment_id == number).first()
+            model = _releases(session).filter(SqlLoggedModel.experiment_id == number).first()
+        if found := run or model:
+            refuse({found[0]}, f"experiment {experiment_id}, which holds ")
+
+
+def _evaluations(session: Any, still_open: bool = False) -> Any:
+    query = session.query(SqlRun.run_uuid, SqlRun.artifact_uri).join(SqlTag, SqlTag.run_uuid == SqlRun.run_uuid)
+    query = query.filter(SqlTag.key == KIND, SqlTag.value == EVALUATION)
+    return query if still_open else query.filter(SqlRun.status.in_(ENDED))
+
+
+def _releases(session: Any, still_open: bool = False) -> Any:
+    query = session.query(SqlLoggedModel.model_id, SqlLoggedModel.artifact_location)
+    query = query.filter(SqlLoggedModel.model_type == RELEASE)
+    return query if still_open else query.filter(SqlLoggedModel.status == LoggedModelStatus.READY.to_int())
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def checked(self: GuardedTrackingStore, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        ids = {given[name] for name in ("run_id", "model_id") if given.get(name)}
+        refuse(self.find_sealed(ids, still_open=_takes_the_mark_away(given)))
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def _takes_the_mark_away(given: dict[str, Any]) -> bool:
+    """Whether a run would lose the tag by which it is sealed when it ends."""
+    tags = [*([given["tag"]] if "tag" in given else []), *(given.get("tags") or [])]
+    return given.get("key") == KIND or any(tag.key == KIND and tag.value != EVALUATION for tag in tags)
+
+
+def _changes(name: str, method: Callable[..., Any]) -> bool:
+    reads = name.startswith(("_", "get_", "search_")) or name == "restore_run"  # which gives evidence back
+    return not reads and bool({"run_id", "model_id"} & set(inspect.signature(method).parameters))
+
+
+GUARDED = tuple(
+    name
+    for name, method in inspect.getmembers(SqlAlchemyStore, inspect.isfunction)
+    if _changes(name, method) and name not in vars(GuardedTrackingStore)
+)
+for _name in GUARDED:
+    setattr(GuardedTrackingStore, _name, _guarded(getattr(SqlAlchemyStore, _name)))
+
+
+def refuse(sealed: Iterable[str], where: str = "") -> None:
+    """Raise the refusal that SDK and UI show, if anything sealed was found."""
+    for found in sorted(sealed):
+        kind = "the logged model of a release" if found.startswith("m-") else "the run of an evaluation"
+        raise MlflowException(f"agentkit protects {where}{found}, {kind}. {_HOW}", error_code=PERMISSION_DENIED)
+
+
+# ---- artifacts, jobs, and whatever else there is
+
+_API = r"/(?:ajax-)?api/\d+\.\d+"
+# Their handlers do all they do through a guarded store; a body may mention sealed runs and models, or be long.
+_JUDGED_BY_STORE = re.compile(
+    rf"{_API}/mlflow/(?:runs|experiments|logged-models|traces|metrics|registered-models|model-versions)(?:/.*)?"
+    r"|/graphql|/v1/traces|/gateway/.*"
+)
+_ONLY_READS = re.compile(
+    rf"{_API}/(?:mlflow/)?(?:datasets|issues|prompt-optimization/jobs|jobs)/search"
+    rf"|{_API}/mlflow/artifacts/presigned-download-url"
+)
+_ARTIFACT = re.compile(rf"{_API}/mlflow-artifacts/artifacts/(.*)", re.DOTALL)
+_UPLOAD = re.compile(rf"{_API}/mlflow/upload-artifact")
+_ASSISTANT = re.compile(rf"{_API}/mlflow/assistant/.*", re.DOTALL)
+
+
+class Guard:
+    """ASGI middleware: refuses requests that name what is sealed, except where the tracking store decides.
+
+    Default is to refuse: a request that is no read, and whose route is not known to be judged by a store, must name no
+    sealed run or model in path and query, and in its body none that is or will be sealed.
+    """
+
+    def __init__(self, app: ASGIApp, store: Any, prefix: str = "") -> None:
+        self.app, self.store, self.prefix = app, store, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix(self.prefix)
+        if path == "/agentkit/guard":
+            page = JSONResponse({"guard": True, "registry": is_registry_guarded()})
+            await page(scope, receive, send)
+            return
+        try:
+            receive = await self._judge(scope["method"].upper(), path, scope, receive)
+        except MlflowException as e:
+            await mlflow_exception_response(e, handler_name="agentkit guard")(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    async def _judge(self, method: str, path: str, scope: Scope, receive: Receive) -> Receive:
+        """Raise a refusal, or return what the application shall read the body from."""
+        if _ASSISTANT.fullmatch(path) and (method not in _READS or path.endswith("/stream")):
+            raise MlflowException(
+                "MLflow's assistant runs commands as the user that runs the server, whom no guard can stop; on a "
+                "server that guards `production` it is off.",
+                error_code=PERMISSION_DENIED,
+            )
+        if method in _READS or (method == "POST" and _ONLY_READS.fullmatch(path)):
+            return receive
+        if _JUDGED_BY_STORE.fullmatch(path) and "artifact" not in path:
+            return receive
+        named = find_ids(path, scope.get("query_string", b"").decode("latin-1"))
+        await self._refuse(named)
+        artifact = _ARTIFACT.fullmatch(path)
+        if artifact and method == "DELETE":
+            await self._refuse_above(artifact[1])
+        if (artifact and method == "PUT") or _UPLOAD.fullmatch(path):
+            return self._watched(receive, named)  # a file: any size, any content
+        body = await Request(scope, receive).body()
+        await self._refuse(find_ids_in_json(body), still_open=True)
+        return _replayed(body, receive)
+
+    async def _refuse(self, ids: set[str], *, still_open: bool = False) -> None:
+        if ids:
+            refuse(await self._ask(self.store.find_sealed, ids, still_open=still_open))
+
+    async def _refuse_above(self, path: str) -> None:
+        """A folder must not be deleted with what is sealed in it."""
+        folder = _plain(path).lower()
+        for location in await self._ask(self.store.sealed_locations):
+            if not folder or f"/{folder}/" in _plain(location).lower():
+                refuse(find_ids(location), f"{path or 'the root'!r}, which holds artifacts of ")
+
+    async def _ask(self, question: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await run_in_threadpool(question, *args, **kwargs)
+        except MlflowException:
+            raise
+        except Exception as e:  # whatever it is: not knowing is no permission
+            raise MlflowException(
+                f"the guard could not look up what is sealed ({type(e).__name__})", error_code=TEMPORARILY_UNAVAILABLE
+            ) from e
+
+    def _watched(self, receive: Receive, named: set[str]) -> Receive:
+        """Ask again when the last part of an upload is there: the run may have ended meanwhile."""
+
+        async def watched() -> Message:
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False):
+                await self._refuse(named)  # MLflow answers with it, and has published nothing yet
+            return message
+
+        return watched
+
+
+_READS = ("GET", "HEAD", "OPTIONS")
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replayed() -> Message:
+        return next(messages, None) or await receive()
+
+    return replayed
+
+
+def find_ids(*texts: str) -> set[str]:
+    """Each run id in the texts, and the model id that it would be, whatever their case and percent-encoding.
+
+    Raises:
+        MlflowException: encoded more often than MLflow itself would decode.
+    """
+    found: set[str] = set()
+    for text in texts:
+        for _ in range(12):  # MLflow gives up after ten
+            text = _without_breaks(text)
+            found.update(_HEX.findall(text))
+            if (decoded := unquote(text)) == text:
+                break
+            text = decoded
+        else:
+            raise MlflowException("percent-encoded too often", error_code=INVALID_PARAMETER_VALUE)
+    return {f"{mark}{digits.lower()}" for digits in found for mark in ("", "m-")}
+
+
+def find_ids_in_json(body: bytes) -> set[str]:
+    """`find_ids` in every key and value of a JSON body, also in JSON within its strings.
+
+    A body that is no JSON, or no valid one, is searched as text; MLflow takes it as empty, or as a form.
+
+    Raises:
+        MlflowException: nested too deeply to be looked through.
+    """
+    texts = [body.decode("latin-1")]
+    try:
+        values = [_parse(body)]
+        while values:
+            value = values.pop()
+            if isinstance(value, list | tuple):
+                values += value
+            elif isinstance(value, str):
+                texts.append(value)
+                values.append(_parse(value))
+            elif isinstance(value, int):
+                texts.append(str(value))
+    except RecursionError as e:
+        raise MlflowException("nested too deeply", error_code=INVALID_PARAMETER_VALUE) from e
+    return find_ids(*texts)
+
+
+def _parse(text: bytes | str) -> Any:
+    """As MLflow does: json.loads finds UTF-16 and UTF-32 by itself. Objects become pairs, so that no duplicate is lost."""
+    try:
+        return json.loads(text, object_pairs_hook=list)
+    except ValueError:
+        return None
+
+
+def _without_breaks(text: str) -> str:
+    """Without what MLflow's `validate_path_is_safe` (urllib.parse) drops from within a path."""
+    return re.sub(r"[\t\r\n]", "", text)
+
+
+def _plain(path: str) -> str:
+    while (decoded := unquote(_without_breaks(path))) != path:
+        path = decoded
+    return posixpath.normpath(f"/{path}").strip("/")
+
+
+# ---- start
+
+
+def create_app() -> FastAPI:
+    """The application of `mlflow server --app-name agentkit`, for MLflow's own server, uvicorn."""
+    refuse_unless_sound(_MLFLOW_SGI_NAME.get())
+    from mlflow.server.fastapi_app import create_fastapi_app
+
+    return _with_guard(create_fastapi_app())
+
+
+def create_app_with_users() -> FastAPI:
+    """As `create_app`, with MLflow's users and permissions (`--app-name agentkit-basic-auth`)."""
+    refuse_unless_sound(_MLFLOW_SGI_NAME.get())
+    from mlflow.server import auth
+
+    return _with_guard(auth.create_app())
+
+
+def _with_guard(app: FastAPI) -> FastAPI:
+    for registry in (handlers._tracking_store_registry, client_stores._tracking_store_registry):
+        for scheme in DATABASE_ENGINES:
+            registry.register(scheme, _open_tracking_store)
+        registry._get_store_with_resolved_uri.cache_clear()
+    handlers._tracking_store = None
+    store = handlers._get_tracking_store()
+    prefix = os.environ.get(handlers.STATIC_PREFIX_ENV_VAR, "").rstrip("/")
+    # Innermost: MLflow's own checks of host, origin and user come first.
+    app.user_middleware.append(Middleware(Guard, store=store, prefix=prefix))
+    return app
+
+
+def _open_tracking_store(store_uri: str, artifact_uri: str | None = None) -> GuardedTrackingStore:
+    root = artifact_uri or os.environ.get(ARTIFACT_ROOT_ENV_VAR) or DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    return GuardedTrackingStore(store_uri, root, read_db_uri=os.environ.get(READ_REPLICA_BACKEND_STORE_URI_ENV_VAR))
+
+
+def is_registry_guarded() -> bool:
+    """Whether the server's registry store is ours."""
+    return isinstance(handlers._get_model_registry_store(), GuardedStore)
+
+
+def refuse_unless_sound(server: str | None) -> None:
+    """Refuse to start where something would be unguarded.
+
+    Raises:
+        MlflowException: says what to give instead.
+    """
+    if server not in (None, "uvicorn"):
+        problem = f"{server} serves only a part of MLflow's routes; leave out --{server}-opts"
+    elif MLFLOW_ENABLE_WORKSPACES.get() or os.environ.get(ARTIFACTS_ONLY_ENV_VAR):
+        problem = "it does not work with --enable-workspaces or --artifacts-only"
+    elif not isinstance(handlers._get_tracking_store(), SqlAlchemyStore):
+        problem = "--backend-store-uri must be a database, sqlite:///… or postgresql://…"
+    elif not is_registry_guarded():
+        problem = "--registry-store-uri must be the backend store's URI with agentkit- before it, agentkit-sqlite:///…"
+    else:
+        return
+    raise MlflowException(f"agentkit's server guard does not start: {problem}", error_code=INVALID_PARAMETER_VALUE)
+
+
+def _in_launcher() -> None:
+    """What `mlflow server` does once for its own `basic-auth`; it imports this module before it starts any worker.
+
+    A worker that refuses to start is started again and again, so what can be refused is refused here.
+    """
+    context = click.get_current_context(silent=True)
+    given = context.params if context else {}
+    if given.get("app_name") not in ("agentkit", "agentkit-basic-auth"):
+        return  # a worker, or a test
+    other = next((name for name in ("gunicorn", "waitress") if given.get(f"{name}_opts") is not None), None)
+    if given.get("artifacts_only"):
+        os.environ[ARTIFACTS_ONLY_ENV_VAR] = "true"
+    try:
+        refuse_unless_sound(other)
+    except MlflowException as e:
+        raise click.UsageError(e.message) from e
+    if given["app_name"] == "agentkit-basic-auth":
+        from mlflow.server import _bootstrap_basic_auth
+
+        _bootstrap_basic_auth()
+        os.environ[_MLFLOW_AUTH_ADMIN_BOOTSTRAPPED.name] = "true"
+        # By it workers recognise the jobs that they started.
+        os.environ[_MLFLOW_INTERNAL_GATEWAY_AUTH_TOKEN.name] = secrets.token_hex(32)
+
+
+_in_launcher()

@@ -1,0 +1,392 @@
+"""The registry store that refuses `production`, and changes to what it rests on, without a valid signature.
+
+A subclass of MLflow's SQL store, so every route ends here: SDK, REST, GraphQL, the UI, whoever asks. An entry of the
+history and the aliases that mirror it are written in one transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+
+import sqlalchemy
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
+from mlflow.store.model_registry.dbmodels.models import (
+    SqlModelVersionTag,
+    SqlRegisteredModel,
+    SqlRegisteredModelAlias,
+    SqlRegisteredModelTag,
+)
+from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+from agentkit.errors import AgentkitError, TrustError
+from agentkit_tracking import history as histories
+from agentkit_tracking.history import KEY, History
+from agentkit_tracking.keys import Trust, load_trust
+from agentkit_tracking.mirrors import with_history
+from agentkit_tracking.registry import EVALUATION, PROMPTS, REGISTRATION, TAG, VERDICT
+from agentkit_tracking.rules import PRODUCTION, head_problems, is_production
+from agentkit_tracking.statements import Evaluation, Registration, check, read
+
+_HOW = (
+    "`production` means signed evidence here. To change it: `agentkit promote {0}`, `agentkit rollback {0}` or "
+    "`agentkit withdraw {0}`; to ask for a promotion, set the alias `candidate`"
+)
+_IS_PROMPT = "mlflow.prompt.is_prompt"
+_SHA = f"{TAG}sha256"  # what marks a prompt version as one of a release's
+# What MLflow itself adds to a prompt version and its name after it was made; it decides nothing.
+_HARMLESS_PROMPT_TAGS = ("mlflow.prompt.associatedRunIds", "_mlflow_experiment_ids", "mlflow.linkedTraces")
+_AT_CREATION = {f"{TAG}release_id", PROMPTS, REGISTRATION, f"{TAG}git_commit", f"{TAG}author", _SHA}
+
+
+class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
+    """See the module. Refusals are MlflowExceptions with PERMISSION_DENIED (HTTP 403), for admins, too."""
+
+    # ---- aliases and stages
+
+    def set_registered_model_alias(self, name: str, alias: str, version: Any) -> None:
+        """Refused for `production` in any spelling, unless it mirrors the signed history."""
+        if is_production(alias):
+            self._require(
+                alias == PRODUCTION and str(self._mirrored(name)) == str(version), name, f"the alias {alias!r}"
+            )
+        super().set_registered_model_alias(name, alias, version)
+
+    def delete_registered_model_alias(self, name: str, alias: str) -> None:
+        """Refused for `production` while something is in production."""
+        if alias == PRODUCTION:
+            self._require(self._mirrored(name) is None, name, f"deleting the alias {alias!r}")
+        super().delete_registered_model_alias(name, alias)
+
+    def transition_model_version_stage(
+        self, name: str, version: Any, stage: str, archive_existing_versions: bool
+    ) -> Any:
+        """Refused for MLflow's old stage `Production`."""
+        self._require(not is_production(stage), name, f"the stage {stage!r}")
+        return super().transition_model_version_stage(name, version, stage, archive_existing_versions)
+
+    # ---- tags
+
+    def set_registered_model_tag(self, name: str, tag: Any) -> Any:
+        """An entry of the history is checked and written with its aliases; other tags of ours are refused."""
+        if tag.key.startswith(KEY):
+            return self._append(name, tag)
+        # MLflow copies the tags of a prompt's newest version to its name; of those of ours there they decide nothing.
+        ours = self._is_ours(tag.key) and not (tag.key == _SHA and not self._is_system(name))
+        self._require(not ours and not self._is_prompt_mark(name, tag.key), name, f"the tag {tag.key!r}")
+        return super().set_registered_model_tag(name, tag)
+
+    def delete_registered_model_tag(self, name: str, key: str) -> None:
+        """Refused for tags of ours and for what makes a model a prompt."""
+        self._require(not self._is_ours(key) and key != _IS_PROMPT, name, f"deleting the tag {key!r}")
+        super().delete_registered_model_tag(name, key)
+
+    def set_model_version_tag(self, name: str, version: Any, tag: Any) -> Any:
+        """A signed evaluation is checked and written with its verdict; other tags of ours, and a prompt's text, are refused."""
+        if tag.key == EVALUATION:
+            return self._set_evaluation(name, int(version), tag)
+        if tag.key == VERDICT:
+            ok = self._signed_verdict(name, int(version)) == tag.value
+        else:
+            ok = not self._is_ours(tag.key) and not self._is_prompt_content(name, int(version), tag.key)
+        self._require(ok, name, f"the tag {tag.key!r} of version {version}")
+        return super().set_model_version_tag(name, version, tag)
+
+    def delete_model_version_tag(self, name: str, version: Any, key: str) -> None:
+        """Refused for tags of ours and for a prompt's content."""
+        ok = not self._is_ours(key) and not self._is_prompt_content(name, int(version), key)
+        self._require(ok, name, f"deleting the tag {key!r} of version {version}")
+        super().delete_model_version_tag(name, version, key)
+
+    # ---- creation, renaming, deletion, text
+
+    def create_registered_model(
+        self, name: str, tags: Any = None, description: Any = None, deployment_job_id: Any = None
+    ) -> Any:
+        """Without tags of ours but the mark of a system."""
+        forged = [t.key for t in tags or [] if self._is_ours(t.key) and t.key not in (f"{TAG}system", _SHA)]
+        self._require(not forged, name, f"the tags {forged} at creation")
+        return super().create_registered_model(name, tags, description, deployment_job_id)
+
+    def create_model_version(
+        self, name: str, source: str, run_id: Any = None, tags: Any = None, *rest: Any, **named: Any
+    ) -> Any:
+        """With no tags of ours but those that say where a release comes from; a registration must be signed."""
+        forged = [t.key for t in tags or [] if self._is_ours(t.key) and t.key not in _AT_CREATION]
+        self._require(not forged, name, f"the tags {forged} at creation")
+        for tag in tags or []:
+            if tag.key == REGISTRATION:
+                release = next((t.value for t in tags if t.key == f"{TAG}release_id"), None)
+                self._check_registration(name, release, tag.value)
+        return super().create_model_version(name, source, run_id, tags, *rest, **named)
+
+    def rename_registered_model(self, name: str, new_name: str) -> Any:
+        """Refused for systems and their prompts: what was signed names them."""
+        self._require(not self._is_system(name) and not self._is_release_prompt(name), name, "renaming")
+        return super().rename_registered_model(name, new_name)
+
+    def delete_registered_model(self, name: str) -> None:
+        """Refused where there is a history, and for prompts of releases that were in production."""
+        self._require(not self._has_been_in_production(name, None), name, "deleting")
+        super().delete_registered_model(name)
+
+    def delete_model_version(self, name: str, version: Any) -> None:
+        """Refused for versions that are or were in production."""
+        self._require(not self._has_been_in_production(name, int(version)), name, f"deleting version {version}")
+        super().delete_model_version(name, version)
+
+    def update_registered_model(self, name: str, description: Any, deployment_job_id: Any = None) -> Any:
+        """The history at the end of a system's description stays as it is."""
+        if self._is_system(name):
+            history = self._history(name)
+            self._require(
+                not history.entries or with_history(description or "", history) == (description or "").strip(),
+                name,
+                "changing the history in the description",
+            )
+        return super().update_registered_model(name, description, deployment_job_id)
+
+    def update_model_version(self, name: str, version: Any, description: Any = None) -> Any:
+        """An evaluated version's description shows the verdict and is signed; tags are free for notes."""
+        if (signed := self._evaluation(name, int(version))) is not None:
+            same = sha256((description or "").encode()).hexdigest() == signed.description
+            self._require(same, name, f"changing the description of version {version}, which shows its verdict,")
+        return super().update_model_version(name, version, description)
+
+    # ---- writing what is signed
+
+    def _append(self, name: str, tag: Any) -> None:
+        """Check an entry against the history so far, and write it with the aliases of model and prompts."""
+        with self._locked(name) as session:
+            before = self._tags(session, name)
+            if before.get(tag.key) == tag.value:
+                return  # asked again after a lost answer
+            trust = _trust()
+            with _refusing(name):
+                if tag.key in before:
+                    raise TrustError(f"entry {tag.key.removeprefix(KEY)} is there already; somebody else was faster")
+                history = histories.parse(name, {**before, tag.key: tag.value}, trust)
+                if len(tag.key) != len(KEY) + 6 or history.head is None or history.head.signed.envelope != tag.value:
+                    raise TrustError(f"{tag.key!r} is not the next entry")
+                if problems := head_problems(history, self._registrations(session, name), trust):
+                    raise TrustError("; ".join(problems))
+                self._check_version(session, name, history)
+            session.merge(
+                SqlRegisteredModelTag(workspace=self._get_active_workspace(), name=name, key=tag.key, value=tag.value)
+            )
+            self._point(session, name, history.production)
+            for prompt, number in self._prompt_aliases(session, name, history.production).items():
+                self._point(session, prompt, number)
+
+    def _check_version(self, session: Any, name: str, history: History) -> None:
+        """The version that an entry names must exist, with that release, those prompts and that evaluation."""
+        assert history.head is not None
+        move = history.head.move
+        if move.version is None:
+            return
+        tags = self._version_tags(session, name, move.version)
+        if tags.get(f"{TAG}release_id") != move.release:
+            raise TrustError(f"version {move.version} is not release {move.release[:12]}")
+        if sha256(tags.get(PROMPTS, "").encode()).hexdigest() != move.prompts:
+            raise TrustError(f"version {move.version} has other prompts than were signed")
+        if move.event == "promoted":
+            signed = read(tags.get(EVALUATION, ""), Evaluation)
+            if signed.statement.evidence != move.evidence:
+                raise TrustError(f"version {move.version} carries another evaluation than the one it is promoted by")
+
+    def _set_evaluation(self, name: str, version: int, tag: Any) -> None:
+        """A signed evaluation of this very version, and the verdict that it gives."""
+        with self._locked(name) as session:
+            release = self._version_tags(session, name, version).get(f"{TAG}release_id")
+            with _refusing(name):
+                signed = read(tag.value, Evaluation)
+                check(signed, _trust())
+                said = signed.statement
+                if (said.system, said.version, said.release) != (name, version, release):
+                    raise TrustError("the evaluation was signed for another release")
+            for key, value in ((EVALUATION, tag.value), (VERDICT, said.evidence.verdict)):
+                session.merge(
+                    SqlModelVersionTag(
+                        workspace=self._get_active_workspace(), name=name, version=version, key=key, value=value
+                    )
+                )
+
+    def _check_registration(self, name: str, release: str | None, text: str) -> None:
+        with _refusing(name):
+            signed = read(text, Registration)
+            check(signed, _trust())
+            if (signed.statement.system, signed.statement.release) != (name, release):
+                raise TrustError("the registration was signed for another release")
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[Any]:
+        """A transaction that holds the model's row: entries of one system are written one at a time."""
+        with self.ManagedSessionMaker(read_only=False) as session:
+            touched = session.execute(
+                sqlalchemy.update(SqlRegisteredModel)
+                .where(SqlRegisteredModel.name == name, SqlRegisteredModel.workspace == self._get_active_workspace())
+                .values(name=name)
+            )
+            if not touched.rowcount:
+                self._get_registered_model(session, name)  # raises MLflow's own not-found
+            yield session
+
+    def _point(self, session: Any, name: str, version: int | None) -> None:
+        """Set or remove the alias within a transaction."""
+        if version is not None:
+            session.merge(
+                SqlRegisteredModelAlias(
+                    workspace=self._get_active_workspace(), name=name, alias=PRODUCTION, version=version
+                )
+            )
+        elif (alias := self._get_registered_model_alias(session, name, PRODUCTION)) is not None:
+            session.delete(alias)
+
+    def _prompt_aliases(self, session: Any, name: str, production: int | None) -> dict[str, int | None]:
+        """Each prompt that any version has, and its version in production."""
+        rows = self._get_query(session, SqlModelVersionTag).filter(
+            SqlModelVersionTag.name == name, SqlModelVersionTag.key == PROMPTS
+        )
+        named = {row.version: _prompts(row.value) for row in rows}
+        wanted: dict[str, int | None] = {prompt: None for prompts in named.values() for prompt in prompts}
+        wanted |= named.get(production, {})
+        exist = {
+            r.name for r in self._get_query(session, SqlRegisteredModel).filter(SqlRegisteredModel.name.in_(wanted))
+        }
+        return {prompt: number for prompt, number in wanted.items() if prompt in exist}
+
+    # ---- looking
+
+    def _history(self, name: str) -> History:
+        with self.ManagedSessionMaker() as session:
+            tags = self._tags(session, name)
+        with _refusing(name):
+            return histories.parse(name, tags, _trust())
+
+    def _tags(self, session: Any, name: str) -> dict[str, str]:
+        rows = self._get_query(session, SqlRegisteredModelTag).filter(SqlRegisteredModelTag.name == name)
+        return {row.key: row.value for row in rows}
+
+    def _version_tags(self, session: Any, name: str, version: int) -> dict[str, str]:
+        self._get_sql_model_version(session, name, version)  # raises MLflow's own not-found, also for a deleted one
+        rows = self._get_query(session, SqlModelVersionTag).filter(
+            SqlModelVersionTag.name == name, SqlModelVersionTag.version == version
+        )
+        return {row.key: row.value for row in rows}
+
+    def _registrations(self, session: Any, name: str) -> dict[int, str]:
+        rows = self._get_query(session, SqlModelVersionTag).filter(
+            SqlModelVersionTag.name == name, SqlModelVersionTag.key == REGISTRATION
+        )
+        return {row.version: row.value for row in rows}
+
+    def _mirrored(self, name: str) -> int | None:
+        """The version that the alias `production` of a model or prompt must name."""
+        system = self._system_of(name)
+        if system is None:
+            return None
+        production = self._history(system).production
+        if name == system:
+            return production
+        with self.ManagedSessionMaker() as session:
+            return self._prompt_aliases(session, system, production).get(name)
+
+    def _system_of(self, name: str) -> str | None:
+        """The system that a model is, or whose prompt it is."""
+        if self._is_system(name):
+            return name
+        system = name.partition(".")[0]
+        return system if self._is_release_prompt(name) and self._is_system(system) else None
+
+    def _is_system(self, name: str) -> bool:
+        with self.ManagedSessionMaker() as session:
+            tags = self._tags(session, name)
+        # A name that somebody took before its first release was registered lacks the mark, not the history.
+        return f"{TAG}system" in tags or any(key.startswith(KEY) for key in tags)
+
+    def _is_release_prompt(self, name: str) -> bool:
+        """Whether any version of a prompt was made by registering a release."""
+        with self.ManagedSessionMaker() as session:
+            rows = self._get_query(session, SqlModelVersionTag)
+            return rows.filter(SqlModelVersionTag.name == name, SqlModelVersionTag.key == _SHA).first() is not None
+
+    def _is_prompt_content(self, name: str, version: int, key: str) -> bool:
+        """Whether a tag is part of what a release's prompt says or is run with; MLflow keeps all of it in tags."""
+        if key in _HARMLESS_PROMPT_TAGS or not key.startswith(("mlflow.prompt.", "_mlflow_prompt")):
+            return False
+        with self.ManagedSessionMaker() as session:
+            rows = self._get_query(session, SqlModelVersionTag)
+            return rows.filter_by(name=name, version=version, key=_SHA).first() is not None
+
+    def _is_prompt_mark(self, name: str, key: str) -> bool:
+        """Whether a tag would turn a system into a prompt, or change what kind of prompt a release's is."""
+        if key in _HARMLESS_PROMPT_TAGS or not key.startswith(("mlflow.prompt.", "_mlflow_prompt")):
+            return False
+        return self._is_system(name) or self._is_release_prompt(name)
+
+    def _has_been_in_production(self, name: str, version: int | None) -> bool:
+        """Whether a version (None: any) of a system, or of a prompt of its releases, is or was in production."""
+        system = self._system_of(name)
+        if system is None:
+            return False
+        was = {entry.move.version for entry in self._history(system).entries} - {None}
+        if name == system:
+            return version in was if version is not None else bool(was)
+        with self.ManagedSessionMaker() as session:
+            numbers = {self._prompt_aliases(session, system, v).get(name) for v in was} - {None}
+        return version in numbers if version is not None else bool(numbers)
+
+    def _evaluation(self, name: str, version: int) -> Evaluation | None:
+        with self.ManagedSessionMaker() as session:
+            row = (
+                self._get_query(session, SqlModelVersionTag)
+                .filter_by(name=name, version=version, key=EVALUATION)
+                .first()
+            )
+            text = None if row is None else str(row.value)
+        if text is None:
+            return None
+        with _refusing(name):
+            return read(text, Evaluation).statement
+
+    def _signed_verdict(self, name: str, version: int) -> str | None:
+        found = self._evaluation(name, version)
+        return None if found is None else found.evidence.verdict
+
+    @staticmethod
+    def _is_ours(key: str) -> bool:
+        return key.startswith(TAG)
+
+    @staticmethod
+    def _require(condition: bool, name: str, what: str) -> None:
+        if not condition:
+            raise _refusal(name, f"{what} of {name!r} was refused")
+
+
+def _trust() -> Trust:
+    """The trusted keys of the server; a file that cannot be read trusts nobody."""
+    try:
+        return load_trust()
+    except AgentkitError as e:
+        raise TrustError(str(e)) from e
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Hand a TrustError to the client as MLflow hands its own errors."""
+    try:
+        yield
+    except TrustError as e:
+        raise _refusal(name, f"refused: {e}") from e
+
+
+def _refusal(name: str, text: str) -> MlflowException:
+    return MlflowException(f"{text}. {_HOW.format(name.partition('.')[0])}.", error_code=PERMISSION_DENIED)
+
+
+def _prompts(text: str) -> dict[str, int]:
+    return {p["name"]: int(p["version"]) for p in json.loads(text).values()}

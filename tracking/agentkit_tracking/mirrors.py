@@ -1,0 +1,88 @@
+"""What shows the signed history to people and to plain MLflow clients: aliases of model and prompts, the description.
+
+None of it decides anything. A guarded store moves the aliases together with the entry; elsewhere they follow one by one,
+and what a crash left undone the next move or `agentkit doctor --repair` sets right.
+"""
+
+from __future__ import annotations
+
+from agentkit_tracking.history import HEADING, KEY, History, render, seen
+from agentkit_tracking.home import connect
+from agentkit_tracking.registry import DESCRIPTION_LIMIT, Registered, look_up, prompts_of
+from agentkit_tracking.rules import PRODUCTION
+
+
+def mirror(history: History) -> int:
+    """Set right whatever does not mirror the history; returns how many things were wrong."""
+    registered = look_up(history.system)
+    return _mirror_alias(registered, history) + _mirror_prompts(registered, history) + _mirror_description(history)
+
+
+def _mirror_alias(registered: Registered, history: History) -> int:
+    wanted = history.production
+    if registered.aliases.get(PRODUCTION) == wanted:
+        return 0
+    if wanted is None:
+        connect().delete_registered_model_alias(history.system, PRODUCTION)
+    else:
+        connect().set_registered_model_alias(history.system, PRODUCTION, str(wanted))
+    return 1
+
+
+def prompts_wrong(registered: Registered, history: History) -> dict[str, int | None]:
+    """Prompts whose alias `production` is wrong, and the version it belongs to (None: the release has no such prompt)."""
+    wanted: dict[str, int | None] = {p["name"]: None for v in registered.versions for p in prompts_of(v).values()}
+    for v in registered.versions:
+        if v.number == history.production:
+            wanted |= {p["name"]: int(p["version"]) for p in prompts_of(v).values()}
+    return {name: number for name, number in wanted.items() if prompt_in_production(name) != number}
+
+
+def prompt_in_production(name: str) -> int | None:
+    """The version that a prompt's alias `production` names, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return int(connect().get_prompt_version_by_alias(name, PRODUCTION).version)
+    except MlflowException as e:
+        if e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):  # no such alias
+            return None
+        raise
+
+
+def _mirror_prompts(registered: Registered, history: History) -> int:
+    wrong = prompts_wrong(registered, history)
+    for name, number in wrong.items():
+        if number is None:
+            connect().delete_prompt_alias(name, PRODUCTION)
+        else:
+            connect().set_prompt_alias(name, PRODUCTION, number)
+    return len(wrong)
+
+
+def _mirror_description(history: History) -> int:
+    """The history below whatever people wrote into the model's description."""
+    client = connect()
+    text = client.get_registered_model(history.system).description or ""
+    wanted = with_history(text, history)
+    if text == wanted:
+        return 0
+    client.update_registered_model(history.system, wanted)
+    return 1
+
+
+def restore(system: str) -> int:
+    """Write back entries of the history that this machine has verified before and the store has lost; returns how many."""
+    tags, lost = look_up(system).tags, 0
+    for n, text in enumerate(seen(system), 1):
+        if tags.get(key := f"{KEY}{n:06}") != text:
+            connect().set_registered_model_tag(system, key, text)
+            lost += 1
+    return lost
+
+
+def with_history(description: str, history: History) -> str:
+    """A model's description with the history at its end, within MLflow's limit."""
+    shown = render(history)
+    said = description.partition(HEADING)[0].strip()[: DESCRIPTION_LIMIT - len(shown) - 2]
+    return "\n\n".join(filter(None, [said, shown]))
