@@ -86,7 +86,9 @@ def _description_check(version: Version) -> Check:
         signed = None  # said by the verdict's own check
     shown = sha256(version.description.encode()).hexdigest()
     same = signed is None or signed.statement.description == shown
-    return Check("description", "" if same else f"the text that {version} shows in MLflow is not the one signed", False)
+    return Check(
+        "text shown in MLflow", "" if same else f"the text that {version} shows in MLflow is not the one signed", False
+    )
 
 
 def _write(version: Version, history: History, tags: dict[str, str], folder: Path) -> Iterator[Check]:
@@ -206,27 +208,28 @@ def _file_checks(folder: Path, proof: Evidence, release: str) -> Iterator[Check]
     for name, digest in signed.items():
         path = folder / name
         problem = "is missing" if not path.is_file() else "" if sha256_of(path) == digest else "is not the one signed"
-        yield Check(f"evidence {name}", problem and f"the evidence's {name} {problem}")
+        yield Check(f"evidence: {name}", problem and f"the evidence's {name} {problem}")
     try:
         said = json.loads((folder / files.EVIDENCE).read_text())
     except (OSError, ValueError):
         return
     fits = (said["release"], said["verdict"], said["golden_sha256"]) == (release, proof.verdict, proof.golden)
     yield Check(
-        "evidence is of this release", "" if fits else "the evidence is of another release, verdict or golden set"
+        "evidence: of this release, verdict and golden set",
+        "" if fits else "the evidence is of another release, verdict or golden set",
     )
     if said.get("production_results_sha256") is not None:
         path = folder / files.PRODUCTION_RESULTS
         same = path.is_file() and sha256_of(path) == said["production_results_sha256"]
         yield Check(
-            f"evidence {path.name}", "" if same else f"the evidence's {path.name} is missing or not the one signed"
+            f"evidence: {path.name}", "" if same else f"the evidence's {path.name} is missing or not the one signed"
         )
 
 
 def _gate_check(folder: Path) -> Check:
     recorded, again = judged_again(folder)
     same = recorded == again
-    text = f"the gate, judged again from {recorded.verdict.upper()}'s recorded results"
+    text = f"the gate, judged again from the recorded results: {again.verdict}"
     return Check(text, "" if same else f"the recorded results give {again.verdict}, recorded was {recorded.verdict}")
 
 

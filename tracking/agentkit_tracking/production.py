@@ -117,12 +117,12 @@ def registry_checks(registered: Registered, history: History) -> Iterator[Check]
         return
     stored = version.release_id == head.move.release
     yield Check(
-        "release id",
+        "release id of the version",
         "" if stored else f"{version} says release {version.release_id[:12]}, signed was {head.move.release[:12]}",
     )
     listed = (version.tags or {}).get(PROMPTS, "")
     same = sha256(listed.encode()).hexdigest() == head.move.prompts
-    yield Check("prompt versions", "" if same else f"{version} names other prompts than were signed")
+    yield Check("prompts of the version", "" if same else f"{version} names other prompts than were signed")
     yield evaluation_check(version)
 
 
@@ -130,10 +130,10 @@ def _alias_check(alias: int | None, history: History) -> Check:
     """The alias mirrors the history; one move behind is a move that was cut off between entry and alias."""
     assert history.head is not None
     move = history.head.move
-    if alias == move.version:
-        return Check("alias")
-    points = f"points to version {alias}" if alias else "is not set"
     says = f"version {move.version}" if move.version else "nothing"
+    if alias == move.version:
+        return Check(f"alias `production`: {says}")
+    points = f"points to version {alias}" if alias else "is not set"
     if alias == move.left_version:
         text = f"the alias {points}, the signed history says {says}, which holds; `agentkit doctor --repair` moves it"
         return Check("alias", text, blocks=False)
@@ -155,7 +155,9 @@ def evaluation_check(version: Version) -> Check:
     except TrustError as e:
         return Check("verdict", f"the verdict of {version}: {e}")
     said = signed.statement.evidence.verdict
-    return Check("verdict", "" if shown == said else f"{version} shows the verdict {shown!r}, signed was {said!r}")
+    return Check(
+        f"verdict shown: {said}", "" if shown == said else f"{version} shows the verdict {shown!r}, signed was {said!r}"
+    )
 
 
 def evaluation_of(version: Version) -> Signed[Evaluation] | None:
@@ -180,17 +182,20 @@ def evidence_check(history: History) -> Check:
 
     evidence = history.head.move.evidence if history.head else None
     if evidence is None:
-        return Check("evidence run")
+        return Check("MLflow run of the evidence")
     try:
         run = connect().get_run(evidence.run)
     except MlflowException as e:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return Check("evidence run", f"the run {evidence.run} that holds its evidence does not exist any more")
+        return Check(
+            "MLflow run of the evidence", f"the run {evidence.run} that holds its evidence does not exist any more"
+        )
     experiment = connect().get_experiment(run.info.experiment_id)
     gone = "deleted" in (run.info.lifecycle_stage, experiment.lifecycle_stage)
     return Check(
-        "evidence run", f"the run {evidence.run} that holds its evidence was deleted; restore it" if gone else ""
+        "MLflow run of the evidence",
+        f"the run {evidence.run} that holds its evidence was deleted; restore it" if gone else "",
     )
 
 
@@ -206,7 +211,8 @@ def prompt_checks(version: Version, manifest: Manifest) -> Iterator[Check]:
         except (MlflowException, KeyError) as e:
             problem = f"cannot be read ({str(e).splitlines()[0]})"
         yield Check(
-            f"prompt {name} {number}", f"the text of prompt {name} version {number} {problem}" if problem else ""
+            f"text of prompt {name} version {number}",
+            f"the text of prompt {name} version {number} {problem}" if problem else "",
         )
 
 

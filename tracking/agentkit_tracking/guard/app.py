@@ -172,7 +172,7 @@ for _name in GUARDED:
 
 def refuse(sealed: Iterable[str], where: str = "") -> None:
     """Raise the refusal that SDK and UI show, if anything sealed was found."""
-    for found in sorted(sealed):
+    if found := min(sealed, default=None):
         kind = "the logged model of a release" if found.startswith("m-") else "the run of an evaluation"
         raise MlflowException(f"agentkit protects {where}{found}, {kind}. {_HOW}", error_code=PERMISSION_DENIED)
 
@@ -182,7 +182,7 @@ def refuse(sealed: Iterable[str], where: str = "") -> None:
 _API = r"/(?:ajax-)?api/\d+\.\d+"
 # Their handlers do all they do through a guarded store; a body may mention sealed runs and models, or be long.
 _JUDGED_BY_STORE = re.compile(
-    rf"{_API}/mlflow/(?:runs|experiments|logged-models|traces|metrics|registered-models|model-versions)(?:/.*)?"
+    rf"{_API}/mlflow/(?:runs|experiments|logged-models|traces|registered-models|model-versions)(?:/.*)?"
     r"|/graphql|/v1/traces|/gateway/.*"
 )
 _ONLY_READS = re.compile(
@@ -356,7 +356,7 @@ def _plain(path: str) -> str:
 
 def create_app() -> FastAPI:
     """The application of `mlflow server --app-name agentkit`, for MLflow's own server, uvicorn."""
-    refuse_unless_sound(_MLFLOW_SGI_NAME.get())
+    _refuse_in_worker()
     from mlflow.server.fastapi_app import create_fastapi_app
 
     return _with_guard(create_fastapi_app())
@@ -364,10 +364,14 @@ def create_app() -> FastAPI:
 
 def create_app_with_users() -> FastAPI:
     """As `create_app`, with MLflow's users and permissions (`--app-name agentkit-basic-auth`)."""
-    refuse_unless_sound(_MLFLOW_SGI_NAME.get())
+    _refuse_in_worker()
     from mlflow.server import auth
 
     return _with_guard(auth.create_app())
+
+
+def _refuse_in_worker() -> None:
+    refuse_unless_sound(_MLFLOW_SGI_NAME.get() or "uvicorn", bool(os.environ.get(ARTIFACTS_ONLY_ENV_VAR)))
 
 
 def _with_guard(app: FastAPI) -> FastAPI:
@@ -393,15 +397,15 @@ def is_registry_guarded() -> bool:
     return isinstance(handlers._get_model_registry_store(), GuardedStore)
 
 
-def refuse_unless_sound(server: str | None) -> None:
+def refuse_unless_sound(server: str, artifacts_only: bool) -> None:
     """Refuse to start where something would be unguarded.
 
     Raises:
         MlflowException: says what to give instead.
     """
-    if server not in (None, "uvicorn"):
+    if server != "uvicorn":
         problem = f"{server} serves only a part of MLflow's routes; leave out --{server}-opts"
-    elif MLFLOW_ENABLE_WORKSPACES.get() or os.environ.get(ARTIFACTS_ONLY_ENV_VAR):
+    elif artifacts_only or MLFLOW_ENABLE_WORKSPACES.get():
         problem = "it does not work with --enable-workspaces or --artifacts-only"
     elif not isinstance(handlers._get_tracking_store(), SqlAlchemyStore):
         problem = "--backend-store-uri must be a database, sqlite:///… or postgresql://…"
@@ -421,11 +425,9 @@ def _in_launcher() -> None:
     given = context.params if context else {}
     if given.get("app_name") not in ("agentkit", "agentkit-basic-auth"):
         return  # a worker, or a test
-    other = next((name for name in ("gunicorn", "waitress") if given.get(f"{name}_opts") is not None), None)
-    if given.get("artifacts_only"):
-        os.environ[ARTIFACTS_ONLY_ENV_VAR] = "true"
+    server = next((name for name in ("gunicorn", "waitress") if given.get(f"{name}_opts") is not None), "uvicorn")
     try:
-        refuse_unless_sound(other)
+        refuse_unless_sound(server, bool(given.get("artifacts_only")))
     except MlflowException as e:
         raise click.UsageError(e.message) from e
     if given["app_name"] == "agentkit-basic-auth":
