@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak lab ui lock clean setup setup-dev
+.PHONY: help demo test lint bench soak lab ui lock clean setup setup-dev peers
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -28,7 +28,7 @@ lint: setup-dev ## ruff, mypy, import contracts, notebooks
 	@$(BIN)/lint-imports
 	@$(BIN)/marimo check --strict notebooks/*.py
 
-bench: setup-dev ## speed and model quality as ratios in one run; DATA=folder adds public data sets
+bench: setup-dev peers ## speed and model quality as ratios in one run; DATA=folder adds public data sets
 	@$(BIN)/python tests/benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
 soak: setup-dev ## the long forms of the kill and simulation tests
@@ -64,9 +64,19 @@ $(VENV)/.ready-dev: requirements-dev.lock requirements.lock pyproject.toml
 	$(call install,requirements-dev.lock)
 	@touch $(VENV)/.ready $@
 
-lock: ## renew both lock files (names, versions, hashes; no index)
+# Frameworks to compare with, in an environment of their own: in ours, what litellm asks for holds them back. Where they
+# cannot be installed, the benchmark says so.
+peers: $(VENV)/peers/.ready
+$(VENV)/peers/.ready: requirements-bench.lock | setup-dev
+	@echo "agentkit: installing $< into $(VENV)/peers"
+	@test -x $(VENV)/peers/bin/python || $(BIN)/python -m venv $(VENV)/peers
+	@{ $(BIN)/uv pip install -q --python $(VENV)/peers/bin/python --require-hashes -r $< --compile-bytecode 2>$(VENV)/uv.log \
+	  || $(VENV)/peers/bin/python -m pip install -q --require-hashes -r $<; } && touch $@ || true
+
+lock: ## renew the lock files (names, versions, hashes; no index)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra build pyproject.toml -o requirements.lock
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --all-extras pyproject.toml -c requirements.lock -o requirements-dev.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate tests/benchmarks/peers.in -o requirements-bench.lock
 
 clean: ## remove the virtual environment and all local runs
 	rm -rf $(VENV) .agentkit

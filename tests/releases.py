@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from agentkit_pipelines.promotion import Evaluation
+    from agentkit_pipelines.evidence import Evaluation
+    from agentkit_tracking.registry import Version
+    from agentkit_tracking.statements import Evidence
 
 COLOURS = '''
 from typing import Literal
@@ -95,21 +97,61 @@ def python(script: str, *arguments: str | Path, timeout: float = 120, **environm
     return done.stdout
 
 
-def finished(folder: Path, version: str, production: str | None) -> Evaluation:
-    """An evaluation that has run, rebuilt from the files it left; so that no kernel is needed to commit it again."""
+def judged(version: Version, proof: Evidence | None = None) -> Evaluation:
+    """A version with a signed evaluation that passed against what is in production, as a holder of the key can make it.
+
+    `proof` is real evidence to take over; else it is made of hashes of nothing, in a run of its own.
+    """
     import polars as pl
 
-    from agentkit_pipelines.gate import Verdict
-    from agentkit_pipelines.promotion import Evaluation
-    from agentkit_tracking import registry
+    from agentkit_pipelines.evidence import Evaluation, _signed
+    from agentkit_tracking.home import connect, experiment_id
+    from agentkit_tracking.keys import signing_key
+    from agentkit_tracking.production import current
+    from agentkit_tracking.registry import EVALUATION, VERDICT
+    from agentkit_tracking.statements import Evidence
 
+    client, production = connect(), current(version.name)
+    compared = production.release_id if production and production.release_id != version.release_id else None
+    if proof is None:
+        run = client.create_run(experiment_id(version.name)).info.run_id
+        names = ("sha256", "verdict_file", "results", "notebook", "thresholds", "golden")
+        proof = Evidence(verdict="pass", run=run, compared_with=None, **dict.fromkeys(names, "0" * 64))
+    proof = proof.model_copy(update={"compared_with": compared})
+    signed = _signed(version, proof, version.description, signing_key())
+    client.set_model_version_tag(version.name, str(version.number), EVALUATION, signed)
+    client.set_model_version_tag(version.name, str(version.number), VERDICT, "pass")
+    return Evaluation(version, Path(), pl.DataFrame(), None, production, proof.run, 1, {}, proof)
+
+
+def put_in_production(version: Version) -> None:
+    """Promote a version by a signature alone, where a test is not about the evidence."""
+    from agentkit_pipelines import promotion
+    from agentkit_tracking.keys import signing_key
+
+    promotion.commit(judged(version), signing_key())
+
+
+def finished(folder: Path, version: str) -> Evaluation:
+    """An evaluation that has run, rebuilt from the files it left and what was signed; so that no kernel is needed."""
+    import polars as pl
+
+    from agentkit_pipelines.evidence import Evaluation
+    from agentkit_pipelines.gate import Verdict
+    from agentkit_tracking import registry
+    from agentkit_tracking.production import current, evaluation_of
+
+    found = registry.resolve(version)
+    signed = evaluation_of(found)
+    assert signed is not None
     return Evaluation(
-        version=registry.resolve(version),
+        version=found,
         folder=folder,
         results=pl.read_parquet(folder / "results.parquet"),
         verdict=Verdict.model_validate_json((folder / "verdict.json").read_bytes()),
-        production=registry.resolve(production) if production else None,
-        run_id="",
+        production=current(found.name),
+        run_id=signed.statement.evidence.run,
         attempts=1,
         evidence=json.loads((folder / "evidence.json").read_text()),
+        proof=signed.statement.evidence,
     )

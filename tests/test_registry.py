@@ -14,12 +14,13 @@ from typing import Any
 import dspy
 import pytest
 from mlflow.exceptions import MlflowException
-from releases import CASES, COLOURS, python, store  # noqa: F401  (a fixture)
+from releases import CASES, COLOURS, put_in_production, python, store  # noqa: F401  (a fixture)
 
 import agentkit as ak
 from agentkit.errors import ReleaseError, UsageError
+from agentkit_pipelines import promotion
+from agentkit_tracking import loading, registry
 from agentkit_tracking import manifest as manifests
-from agentkit_tracking import registry
 from agentkit_tracking.home import connect
 from agentkit_tracking.source import load_entry, parse_entry
 
@@ -97,7 +98,7 @@ def test_a_very_long_prompt_is_cut_for_the_reader_and_whole_in_the_release(colou
     version = registry.register(system, colours)
     shown = connect().get_prompt_version("colours.program", "1").template
     assert shown.endswith("(cut; the release's manifest has it whole)")
-    assert registry.load(str(version)).program.demos[0]["text"] == "lava " * 30_000
+    assert loading.load(str(version)).program.demos[0]["text"] == "lava " * 30_000
 
 
 def test_a_source_saved_anew_while_it_is_registered_is_not_stored(
@@ -128,7 +129,7 @@ def test_a_version_is_found_by_alias_number_name_and_id_prefix(colours: Path) ->
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("colours@production", "colours has no alias 'production'; its versions are 1"),
+        ("colours@production", "colours has no version in production; promote one with `agentkit promote colours`"),
         ("colours/7", "colours has no version 7; its versions are 1"),
         ("flowers", "no system 'flowers' is registered \\(there are: colours\\)"),
         ("deadbeef", "0 registered releases begin with 'deadbeef'"),
@@ -139,7 +140,7 @@ def test_a_version_is_found_by_alias_number_name_and_id_prefix(colours: Path) ->
 def test_what_is_not_there_is_said_together_with_what_is(colours: Path, reference: str, message: str) -> None:
     registry.register_file(colours)
     with pytest.raises(ReleaseError, match=message):
-        registry.load(reference)
+        loading.load(reference)
 
 
 def test_a_release_registered_twice_at_once_is_still_found_by_its_id(colours: Path) -> None:
@@ -160,7 +161,7 @@ def test_a_store_that_fails_is_not_taken_for_an_empty_one(colours: Path, monkeyp
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("work", [lambda: registry.systems(), lambda: registry.load("colours@production")])
+@pytest.mark.parametrize("work", [lambda: registry.systems(), lambda: loading.load("colours@production")])
 def test_a_server_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, work: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -208,7 +209,7 @@ def test_another_process_gets_identical_outputs(colours: Path) -> None:
 
 def test_a_loaded_release_knows_its_id_and_its_runs_carry_it(colours: Path) -> None:
     version = registry.register_file(colours)
-    record = registry.load("colours/1").run(text="red")
+    record = loading.load("colours/1").run(text="red")
     assert (record.release, record.system) == (version.release_id, "colours")
 
 
@@ -231,14 +232,14 @@ def test_model_and_parameters_are_those_of_the_release_and_the_key_is_the_machin
     settings.write_text(
         SETTINGS.format(temperature=0.9, key="operators").replace('fast = "openai/small"', 'fast = "a/b"')
     )
-    lm = registry.load("colours").lm
+    lm = loading.load("colours").lm
     assert (lm.model, lm.kwargs["temperature"], lm.kwargs["api_key"]) == ("openai/small", 0.2, "operators")
 
 
 def test_a_model_that_the_source_pins_to_a_predictor_stays_pinned(colours: Path) -> None:
     pinned = "    program = dspy.Predict(Colour)\n    program.lm = dspy.LM('openai/pinned', api_key='x')\n    return ak.adopt(program"
     registry.register_file(edit(colours, "    return ak.adopt(dspy.Predict(Colour)", pinned))
-    assert registry.load("colours").program.lm.model == "openai/pinned"
+    assert loading.load("colours").program.lm.model == "openai/pinned"
 
 
 def test_a_source_that_builds_something_else_in_another_environment_is_refused(
@@ -248,12 +249,12 @@ def test_a_source_that_builds_something_else_in_another_environment_is_refused(
     edit(colours, "import agentkit as ak", "import os\nimport agentkit as ak")
     monkeypatch.setenv("LIMIT", "1")
     registry.register_file(colours)
-    assert registry.load("colours").budget.usd == 1
+    assert loading.load("colours").budget.usd == 1
     monkeypatch.setenv("LIMIT", "1000")
     with pytest.raises(
         ReleaseError, match=r"builds something else than its manifest says: budget.usd is 1000.0, should be 1.0"
     ):
-        registry.load("colours")
+        loading.load("colours")
 
 
 # ---- fetch
@@ -270,6 +271,7 @@ def test_two_processes_that_fetch_at_once_both_get_the_whole_release(colours: Pa
 import os, shutil, sys, time
 from pathlib import Path
 import mlflow.artifacts, mlflow.store.tracking.sqlalchemy_store  # before the fork; the database is opened after it
+import agentkit_tracking.guard.registry_store
 from agentkit_tracking import registry
 releases = Path(sys.argv[1])
 for late in (0, 0.02, 0.05, 0.1, 0.2):
@@ -293,7 +295,7 @@ def test_a_release_whose_artifacts_are_gone_is_said_and_leaves_nothing(colours: 
     registry.register_file(colours)
     shutil.rmtree(own_home / "artifacts")
     with pytest.raises(ReleaseError, match=r"the store's copy of colours/1 is no release: manifest\.json cannot"):
-        registry.load("colours/1")
+        loading.load("colours/1")
     assert list((own_home / "releases").iterdir()) == []
 
 
@@ -301,9 +303,9 @@ def test_a_fetched_copy_that_was_altered_is_set_aside_and_fetched_anew(
     colours: Path, own_home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.register_file(colours)
-    folder, manifest = registry.fetch("colours/1")
+    folder, manifest = loading.fetch("colours/1")
     edit(folder / "source" / "colours.py", "lava", "magma")
-    again, same = registry.fetch("colours/1")
+    again, same = loading.fetch("colours/1")
     assert (again, same) == (folder, manifest)
     assert "lava" in (folder / "source" / "colours.py").read_text()
     assert "is not intact: altered: source/colours.py" in caplog.text
@@ -326,7 +328,7 @@ def test_a_version_that_agentkit_did_not_make_is_refused(colours: Path) -> None:
     version = registry.register_file(colours)
     connect().create_model_version("colours", f"models:/{version.model_id}")
     with pytest.raises(ReleaseError, match="colours/2 carries no release id"):
-        registry.load("colours/2")
+        loading.load("colours/2")
 
 
 # ---- follow
@@ -350,20 +352,20 @@ def answers(project: Path) -> tuple[registry.Version, registry.Version]:
     first = registry.register_file("answers.py:answer")
     edit(source, "first", "second")
     second = registry.register_file("answers.py:answer")
-    move("production", first)
+    put_in_production(first)
     return first, second
 
 
 def test_a_moved_alias_is_noticed_after_the_interval_and_a_run_under_way_keeps_its_release(
     answers: tuple[registry.Version, registry.Version], tmp_path: Path
 ) -> None:
-    followed = registry.follow("answer@production", reload_s=0.3)
+    followed = loading.follow("answer@production", reload_s=2)
     records: list[Any] = []
     under_way = threading.Thread(target=lambda: records.append(followed.run(wait_for=str(tmp_path / "go"))))
     under_way.start()
-    move("production", answers[1])
+    put_in_production(answers[1])
     early = followed.run()
-    time.sleep(0.3)
+    time.sleep(2)
     late = followed.run()
     (tmp_path / "go").touch()
     under_way.join()
@@ -377,7 +379,7 @@ def test_a_store_that_is_away_does_not_stop_a_following_process(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    followed = registry.follow("answer@production", reload_s=0)
+    followed = loading.follow("answer@production", reload_s=0)
 
     def down(name: str) -> Any:
         raise MlflowException("no route to host")
@@ -385,33 +387,38 @@ def test_a_store_that_is_away_does_not_stop_a_following_process(
     with monkeypatch.context() as patch:
         patch.setattr(connect(), "get_registered_model", down)
         assert followed.run().output == {"value": "first"}
-    assert "answer@production cannot be looked up, answer/1 goes on: no route to host" in caplog.text
-    move("production", answers[1])
+    assert (
+        f"answer@production cannot be looked up, release {answers[0].release_id} goes on: no route to host"
+        in caplog.text
+    )
+    put_in_production(answers[1])
     assert followed.run().output == {"value": "second"}
 
 
-def test_an_alias_that_was_taken_away_stops_a_following_process(
+def test_a_release_that_was_withdrawn_stops_a_following_process(
     answers: tuple[registry.Version, registry.Version],
 ) -> None:
-    followed = registry.follow("answer@production", reload_s=0)
-    connect().delete_registered_model_alias("answer", "production")
+    followed = loading.follow("answer@production", reload_s=0)
+    promotion.withdraw("answer", why="it lies")
     for _ in range(2):
-        with pytest.raises(ReleaseError, match="answer has no alias 'production'"):
+        with pytest.raises(
+            ReleaseError, match=r"answer has no version in production: .* withdrawn version 1 .* it lies"
+        ):
             followed.run()
 
 
 def test_only_an_alias_can_be_followed(answers: tuple[registry.Version, registry.Version]) -> None:
     with pytest.raises(UsageError, match="'answer/1' never moves"):
-        registry.follow("answer/1")
+        loading.follow("answer/1")
 
 
 def test_a_release_made_with_other_packages_says_so(
     colours: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry.register_file(colours)
-    registry.load("colours/1")
+    loading.load("colours/1")
     assert "was made with" not in caplog.text
     here = manifests.installed_packages()
     monkeypatch.setattr(manifests, "installed_packages", lambda: {**here, "dspy": "9.9"})
-    registry.load("colours/1")
+    loading.load("colours/1")
     assert f"was made with dspy {here['dspy']} (here 9.9)" in caplog.text

@@ -16,7 +16,7 @@ import pytest
 from releases import COLOURS, store  # noqa: F401  (a fixture)
 
 from agentkit.errors import SourceError
-from agentkit_tracking import registry
+from agentkit_tracking import loading, registry
 from agentkit_tracking.live import differences
 from agentkit_tracking.source import adopt_from, collect_files, load_entry, parse_entry
 
@@ -304,7 +304,7 @@ def test_releases_keep_their_own_helpers_of_the_same_name(shop: Path) -> None:
     first = registry.register_file(shop)
     (shop.parent / "texts.py").write_text(TEXTS.replace("Dear customer", "Hello"))
     second = registry.register_file(shop)
-    systems = [registry.load(str(version)) for version in (first, second)]
+    systems = [loading.load(str(version)) for version in (first, second)]
     texts = [system.run(ticket="a question about order 12").output["text"] for system in systems]
     assert [text.split(",")[0] for text in texts] == ["Dear customer", "Hello"]
     assert {"texts", "prices"} & sys.modules.keys() == set()  # nobody else gets them by chance
@@ -316,7 +316,7 @@ def test_a_release_uses_its_own_helpers_where_a_draft_of_them_is_imported(shop: 
 
     version = registry.register_file(shop)
     texts.polite = lambda text: "the draft in this process"
-    assert registry.load(str(version)).run(ticket="a question about order 12").output["text"].startswith("Dear")
+    assert loading.load(str(version)).run(ticket="a question about order 12").output["text"].startswith("Dear")
     assert sys.modules["texts"] is texts  # and the draft has kept its own
 
 
@@ -438,7 +438,7 @@ def test_a_live_program_nobody_named_registers_under_its_name_in_the_source(
     classify = run_cell(text, namespace)["classify"]
     classify.demos = [dspy.Example(text="lava", label="warm", confidence=1.0)]
     version = registry.register(classify, "colours.py:classify")
-    assert (str(version), len(registry.load("classify").program.demos)) == ("classify/1", 1)
+    assert (str(version), len(loading.load("classify").program.demos)) == ("classify/1", 1)
 
 
 @pytest.mark.usefixtures("store")

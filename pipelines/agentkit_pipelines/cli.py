@@ -13,7 +13,7 @@ from agentkit.errors import AgentkitError, UsageError
 from agentkit_pipelines import terminal, trust_cli
 
 if TYPE_CHECKING:
-    from agentkit_pipelines.evidence import Plan
+    from agentkit_pipelines.evidence import Plan, Say
 
 OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
 
@@ -108,10 +108,20 @@ def evaluate(
     max_usd: MaxUsd = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="only say what it would take")] = False,
     trust: Trusted = False,
+    report: Annotated[
+        Path | None, typer.Option(help="with --thresholds: Markdown to write, as a comment on a pull request")
+    ] = None,
 ) -> None:
-    """Run the golden set in a papermill kernel and report figures with 95 % intervals. Moves no alias."""
-    from agentkit_pipelines import evidence
+    """Run the golden set in a papermill kernel and report figures with 95 % intervals. Moves no alias.
 
+    With --thresholds the exit codes are those of `promote`: 3 failed, 4 inconclusive.
+    """
+    from agentkit_pipelines import evidence, pull_request
+
+    if report is not None and thresholds is None:
+        raise UsageError("--report shows a verdict; give --thresholds FILE.yaml, too")
+    if report is not None and not report.parent.is_dir():
+        raise UsageError(f"there is no folder {report.parent} to write {report.name} to")
     options = {"repeats": repeats, "seed": seed, "workers": workers, "max_usd": max_usd, "trust": trust}
     plan = _plan(reference, golden, thresholds, **options)
     if estimate:
@@ -119,9 +129,16 @@ def evaluate(
     with terminal.progress("evaluating") as progress:
         done = evidence.evaluate(plan, progress=progress, say=_say)
     terminal.show_summary(done)
-    if done.verdict is not None:
-        terminal.show_verdict(done)
-    return None
+    if done.verdict is None:
+        return None
+    terminal.show_verdict(done)
+    if report is not None:
+        pull_request.write(done, report)
+    raise typer.Exit(_exit_code_of(done.verdict.verdict))
+
+
+def _exit_code_of(verdict: str) -> int:
+    return {"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[verdict]
 
 
 def _show_estimate(plan: Plan) -> None:
@@ -147,6 +164,14 @@ def promote(
     candidates: Annotated[
         bool, typer.Option("--candidates", help="promote whatever carries the alias `candidate`")
     ] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="with --candidates: look for them so often, with a warm kernel at hand, until Ctrl-C or SIGTERM",
+        ),
+    ] = None,
     golden: Golden = None,
     thresholds: Annotated[Path | None, typer.Option(help="YAML [default: thresholds/<system>.yaml]")] = None,
     repeats: Repeats = None,
@@ -159,13 +184,18 @@ def promote(
 
     if (reference is None) == (not candidates):
         raise UsageError("give a reference or --candidates, one of them")
+    if watch is not None:
+        if not candidates:
+            raise UsageError("--watch looks for candidates; give --candidates, too")
+        _keep_promoting(watch, golden, thresholds, repeats, seed, workers, max_usd)
+        return
     chosen = [str(v) for v in promotion.candidates()] if candidates else [str(reference)]
     if not chosen:
         terminal.console().print("no version carries the alias `candidate`")
     codes = []
     for one in chosen:
         try:
-            codes.append(_promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd))
+            codes.append(_promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd, say=_say))
         except AgentkitError as e:
             if not candidates:
                 raise
@@ -175,8 +205,20 @@ def promote(
     raise typer.Exit(worst[0] if worst else OK)
 
 
+def _keep_promoting(every_s: float, *options: Any) -> None:
+    from agentkit_pipelines.watching import keep_promoting
+
+    keep_promoting(lambda one, say: _promote(one, True, *options, say=say), every_s, _say)
+
+
 def _promote(
-    one: str, asked: bool, golden: Path | None, thresholds: Path | None, repeats: int | None, *rest: Any
+    one: str,
+    asked: bool,
+    golden: Path | None,
+    thresholds: Path | None,
+    repeats: int | None,
+    *rest: Any,
+    say: Say,
 ) -> int:
     from agentkit_pipelines import evidence, promotion
 
@@ -184,7 +226,7 @@ def _promote(
     plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
     plan = _with_thresholds(plan, thresholds)
     if asked and (verdict := evidence.judged_alike(plan)):
-        _say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
+        say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
         return OK
     with terminal.progress(f"evaluating {plan.version}") as progress:
         done = promotion.promote(plan, progress=progress, say=_say)

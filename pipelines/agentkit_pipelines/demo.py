@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.panel import Panel
 
 from agentkit.errors import UsageError
 from agentkit_pipelines import terminal
+
+if TYPE_CHECKING:
+    from agentkit_tracking.registry import Version
 
 # Bound to the real stdout, so that it still shows while the notebook swallows its optimiser's chatter.
 console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, highlight=False)
@@ -44,6 +47,8 @@ def main() -> int:
         f"no key, no network: the model is the embedded one (no LLM). Everything is kept in {_short(home, root)}"
     )
     shutil.rmtree(home, ignore_errors=True)
+    for name in ("MLFLOW_TRACKING_URI", "AGENTKIT_SIGNING_KEY", "AGENTKIT_SIGNING_KEY_FILE", "AGENTKIT_TRUST"):
+        os.environ.pop(name, None)
     os.environ["AGENTKIT_HOME"] = str(home)
     os.environ["AGENTKIT_TRACES"] = "off"  # evaluations log in bulk; the one run at the end writes its trace
     _story(root, home)
@@ -115,6 +120,7 @@ def _story(root: Path, home: Path) -> None:
         f"  {left} → [bold]{now}[/bold] in production again, {_seconds()}; running processes follow within 10 s"
     )
 
+    _proof(v3)
     _one_run(loading.load(f"{v4.name}@production"))
     _next(home, root)
 
@@ -171,6 +177,35 @@ def _verdict(done: object, expected: str) -> None:
         raise SystemExit(1)
 
 
+def _proof(refused: Version) -> None:
+    """Somebody goes round the gate; then what anyone can check."""
+    from mlflow.exceptions import MlflowException
+
+    from agentkit_pipelines.verification import verify
+    from agentkit_tracking import production
+    from agentkit_tracking.history import describe
+    from agentkit_tracking.home import connect
+
+    name = refused.name
+    _title(
+        "Round the gate: somebody sets the alias by hand",
+        f'client.set_registered_model_alias("{name}", "production", "3")',
+    )
+    try:
+        connect().set_registered_model_alias(name, "production", str(refused.number))
+        raise SystemExit("the demo expected a refusal")
+    except MlflowException as e:
+        console.print(f"  [red]REFUSED[/red] {e.message}")
+    _title("Proof", f"agentkit verify {name}@production; agentkit history {name}")
+    checks = _timed(lambda: verify(f"{name}@production"))
+    wrong = [c.problem for c in checks if c.problem]
+    console.print(
+        f"  {len(checks)} checks of signatures, hashes and the gate: {'; '.join(wrong) or 'all as signed'}, {_seconds()}"
+    )
+    for entry in production.history_of(name).entries:
+        console.print(f"  {entry.move.sequence}. {describe(entry)}")
+
+
 def _one_run(system: object) -> None:
     from agentkit.systems import System
     from agentkit_tracking import traces
@@ -197,6 +232,7 @@ def _next(home: Path, root: Path) -> None:
     for command, what in (
         (f"{prefix}.venv/bin/agentkit ui", "versions, verdicts, prompts and the trace in the MLflow UI"),
         (f"{prefix}.venv/bin/agentkit list", "the four versions and their verdicts"),
+        (f"{prefix}.venv/bin/agentkit verify support_triage@production", "every signature and hash behind it"),
         (f'{prefix}.venv/bin/agentkit log "SELECT release, count(*) FROM runs GROUP BY 1"', "the run log, in SQL"),
         ("make lab", "the notebooks: 01_quickstart.ipynb first"),
         (".venv/bin/marimo edit notebooks/support_triage.py", "the system itself"),

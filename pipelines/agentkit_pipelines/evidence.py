@@ -136,6 +136,8 @@ def evaluate(
     golden_sha256 = sha256_of(plan.golden)
     production = current(plan.version.name)
     compared = production if production is not None and production.release_id != plan.version.release_id else None
+    if compared is not None:
+        _check_genuine(compared.name)
     output = _output_folder(plan.version)
     shutil.copy(folder / MANIFEST, output)
     bar = shutil.copy(plan.thresholds, output / THRESHOLDS) if plan.thresholds else ""
@@ -185,6 +187,16 @@ def _check_metrics(thresholds: Thresholds | None, manifest: Manifest) -> None:
         near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"the thresholds name a metric {unknown[0]!r} that {manifest.system} does not have{hint}")
+
+
+def _check_genuine(name: str) -> None:
+    """Nothing is compared with what a forged entry put into production: who writes to the store would set the bar."""
+    head = history_of(name).head
+    if head is not None and not head.genuine:
+        raise TrustError(
+            f"the last entry of the history of {name} is forged: {head.problem}. Go back to what was signed with "
+            f"`agentkit rollback {name}`, or take it out with `agentkit withdraw {name}`"
+        )
 
 
 def _output_folder(version: Version) -> Path:

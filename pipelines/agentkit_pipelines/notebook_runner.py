@@ -7,14 +7,12 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agentkit.errors import AgentkitError, UsageError
-
-if TYPE_CHECKING:
-    from agentkit_pipelines.warm_kernels import WarmKernels
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 KERNEL = "python3"
@@ -37,19 +35,14 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     return dict(papermill.inspect_notebook(str(notebook)))
 
 
-def run_notebook(
-    name: str,
-    parameters: Mapping[str, Any],
-    output: Path,
-    progress: Progress | None = None,
-    kernels: WarmKernels | None = None,
-) -> Path:
+def run_notebook(name: str, parameters: Mapping[str, Any], output: Path, progress: Progress | None = None) -> Path:
     """Execute `notebooks/<name>.ipynb` in a kernel of its own; returns the executed notebook.
+
+    The kernel is started now, or within `with WarmKernels():` has been started ahead.
 
     Args:
         output: folder for the executed notebook and whatever the notebook writes (its parameter `output`).
         progress: called about twice a second with the (done, total) that the notebook reports.
-        kernels: where to take a kernel from that has been started ahead; default: one is started now.
 
     Raises:
         UsageError: the notebook has no such parameter (papermill itself would only warn and run with the default).
@@ -65,8 +58,7 @@ def run_notebook(
         raise UsageError(f"notebook {name} has no parameter {', '.join(unknown)}; it takes {', '.join(known)}")
     output.mkdir(parents=True, exist_ok=True)
     executed = output / f"{name}.ipynb"
-    warm = kernels.taken() if kernels is not None else nullcontext({})
-    with _watching(output / PROGRESS_FILE, progress), kernel_options() as options, warm as from_warm:
+    with _watching(output / PROGRESS_FILE, progress), kernel_source.get()() as options:
         try:
             papermill.execute_notebook(
                 str(source),
@@ -76,7 +68,6 @@ def run_notebook(
                 progress_bar=False,
                 cwd=os.getcwd(),
                 **options,
-                **from_warm,
             )
         except PapermillExecutionError as e:
             raise NotebookFailed(f"{name}: {e.ename}: {e.evalue} (see {executed})", executed, e.ename) from e
@@ -97,6 +88,12 @@ def kernel_options() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="ak-") as folder:
         socket = {"transport": "ipc", "ip": f"{folder}/k"}  # short: socket paths end at about 100 characters
         yield {**options, "config": Config({"KernelManager": socket, "AsyncKernelManager": socket})}
+
+
+# Gives the options of `papermill.execute_notebook` that decide on the kernel, for the time of one notebook.
+kernel_source: ContextVar[Callable[[], AbstractContextManager[dict[str, Any]]]] = ContextVar(
+    "kernel_source", default=kernel_options
+)
 
 
 def report_progress(output: str | Path) -> Progress:

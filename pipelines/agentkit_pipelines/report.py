@@ -131,17 +131,22 @@ def as_metrics(summary: pl.DataFrame) -> dict[str, float]:
     return found
 
 
+def success_by_case(results: pl.DataFrame, production: pl.DataFrame) -> pl.DataFrame:
+    """Each case that both have, by id: `now` and `before`, its mean success over repeats; null where it is unknown."""
+    now, before = (
+        frame.group_by("case_id").agg(pl.col("success").mean().alias(name))
+        for frame, name in ((results, "now"), (production, "before"))
+    )
+    return now.join(before, on="case_id").sort("case_id")
+
+
 def changed_cases(results: pl.DataFrame, production: pl.DataFrame) -> dict[str, int]:
     """How many cases got better and worse than production, by their mean success over repeats."""
-    both = (
-        results.group_by("case_id")
-        .agg(pl.col("success").mean())
-        .join(production.group_by("case_id").agg(pl.col("success").mean().alias("before")), on="case_id")
-    )
+    both = success_by_case(results, production)
     return {
-        "better": int((both["success"] > both["before"]).sum()),
-        "worse": int((both["success"] < both["before"]).sum()),
-        "same": int((both["success"] == both["before"]).sum()),
+        "better": int((both["now"] > both["before"]).sum()),
+        "worse": int((both["now"] < both["before"]).sum()),
+        "same": int((both["now"] == both["before"]).sum()),
     }
 
 

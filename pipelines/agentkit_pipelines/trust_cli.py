@@ -140,7 +140,9 @@ def verify(
     terminal.console().print(table)
     wrong = [one for one in found if one.problem]
     word = "not as signed" if any(c.blocks for c in wrong) else "signed and whole" + (", with remarks" if wrong else "")
-    terminal.console().print(f"[bold]{word}[/bold]" + (f" · saved as {terminal.short(save)}" if save else ""))
+    terminal.console().print(
+        f"[bold]{word}[/bold]" + (f" · saved as {terminal.short(save)}" if save and save.exists() else "")
+    )
     raise typer.Exit(NOT_PROVEN if any(c.blocks for c in wrong) else 0)
 
 

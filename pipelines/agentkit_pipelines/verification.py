@@ -28,11 +28,15 @@ from agentkit_tracking.loading import resolve
 from agentkit_tracking.manifest import read_release
 from agentkit_tracking.production import Check
 from agentkit_tracking.registry import EVALUATION, REGISTRATION, Version
-from agentkit_tracking.rules import PRODUCTION, head_problems
+from agentkit_tracking.rules import head_problems, is_production
 from agentkit_tracking.statements import Evaluation, Evidence, Registration, check, day, read
 
 # What a folder that stands for itself holds.
 RELEASE, EVIDENCE, HISTORY, STATEMENTS = "release", "evidence", "history.json", "statements.json"
+_SIGNED_FILES = (
+    *(files.EVIDENCE, files.RESULTS, files.PRODUCTION_RESULTS),
+    *(files.VERDICT_FILE, files.NOTEBOOK, files.THRESHOLDS),
+)
 
 
 # ---- verify
@@ -50,12 +54,16 @@ def verify(reference: str, save: Path | None = None) -> list[Check]:
     if save is not None and save.exists():
         raise UsageError(f"{save} exists; name a folder that does not")
     name, _, alias = reference.partition("@")
-    registered = registry.look_up(name if alias == PRODUCTION else registry.resolve(reference).name)
-    if not registered.versions:
-        raise UnknownReference(f"no system {name!r} is registered; see `agentkit list`")
-    history = histories.of(registered.name, registered.tags)
+    in_production = is_production(alias)
+    registered = registry.look_up(name if in_production else registry.resolve(reference).name)
+    try:
+        if not registered.versions and not histories.seen(registered.name):
+            raise UnknownReference(f"no system {name!r} is registered; see `agentkit list`")
+        history = histories.of(registered.name, registered.tags)
+    except TrustError as e:
+        return [Check("history", str(e))]
     version, found = None, []
-    if alias == PRODUCTION:
+    if in_production:
         found += list(production.registry_checks(registered, history))
         version = next((v for v in registered.versions if v.number == history.production), None)
         if version is None:
@@ -72,7 +80,7 @@ def verify(reference: str, save: Path | None = None) -> list[Check]:
         if (folder / RELEASE).is_dir():
             manifest = read_release(folder / RELEASE)
             found += production.prompt_checks(version, manifest)
-        if alias == PRODUCTION:
+        if in_production:
             found += production.mirror_checks(version)
     return found
 
@@ -104,11 +112,17 @@ def _write(version: Version, history: History, tags: dict[str, str], folder: Pat
         shutil.copytree(registry.fetch_version(version)[0], folder / RELEASE)
     except ReleaseError as e:
         yield Check("release as stored", str(e))
-    proof = _proof(history, own.get(EVALUATION), version.release_id)
+    try:
+        proof = _proof(history, own.get(EVALUATION), version.release_id)
+    except TrustError:
+        return  # said by what looks at the statements
     if proof is None:
         return
     try:
-        shutil.copytree(files.download(proof.run), folder / EVIDENCE)
+        kept = files.download(proof.run)
+        (folder / EVIDENCE).mkdir()
+        for file in filter(Path.is_file, (kept / name for name in _SIGNED_FILES)):  # plots prove nothing
+            shutil.copy(file, folder / EVIDENCE)
     except (MlflowException, OSError) as e:
         yield Check("evidence as stored", f"the evidence of {version} cannot be fetched: {str(e).splitlines()[0]}")
 
@@ -129,12 +143,14 @@ def verify_folder(folder: Path, trust: Trust) -> list[Check]:
     """
     try:
         envelopes = json.loads((folder / HISTORY).read_text())
-        own: dict[str, str] = json.loads((folder / STATEMENTS).read_text())
+        own = json.loads((folder / STATEMENTS).read_text())
     except (OSError, ValueError) as e:
         raise UsageError(
             f"{folder} is no folder that `agentkit verify NAME@production --save DIR` wrote: {HISTORY} or {STATEMENTS} "
             f"cannot be read"
         ) from e
+    if not isinstance(envelopes, list) or not isinstance(own, dict):
+        raise UsageError(f"{folder / HISTORY} must hold a list, {STATEMENTS} an object")
     found: list[Check] = []
     manifest = None
 
@@ -161,6 +177,7 @@ def verify_folder(folder: Path, trust: Trust) -> list[Check]:
         found.append(Check("evidence", "there is no signed evidence: it was not evaluated, or nobody signed"))
         return found
     found += _file_checks(folder / EVIDENCE, proof, manifest.release_id)
+    found += _unsigned_files(folder)
     if not any(c.problem for c in found):
         gate = attempt("the gate, judged again", lambda: _gate_check(folder / EVIDENCE))
         found += [] if gate is None else [gate]
@@ -171,6 +188,9 @@ def _who_checks(history: History, own: dict[str, str], release: str, system: str
     head = history.head
     if head is not None:
         yield Check(f"history: {len(history.entries)} entries, each built on the one before")
+        for entry in history.entries[:-1]:
+            if entry.problem:
+                yield Check("history", f"entry {entry.move.sequence} of the history: {entry.problem}", blocks=False)
         registrations = {head.move.version or 0: own[REGISTRATION]} if REGISTRATION in own else {}
         in_force = head.move.version is not None and head.move.release == release
         if in_force:
@@ -180,6 +200,8 @@ def _who_checks(history: History, own: dict[str, str], release: str, system: str
             )
         else:
             yield Check("not in production: " + histories.describe(head), head.problem)
+    else:
+        yield Check("no history: nothing says that it was ever in production")
     for kind, key, word in ((Registration, REGISTRATION, "registered"), (Evaluation, EVALUATION, "evaluated")):
         if key not in own:
             yield Check(f"{word} by nobody who signed")
@@ -211,19 +233,27 @@ def _file_checks(folder: Path, proof: Evidence, release: str) -> Iterator[Check]
         yield Check(f"evidence: {name}", problem and f"the evidence's {name} {problem}")
     try:
         said = json.loads((folder / files.EVIDENCE).read_text())
-    except (OSError, ValueError):
-        return
-    fits = (said["release"], said["verdict"], said["golden_sha256"]) == (release, proof.verdict, proof.golden)
+        fits = (said["release"], said["verdict"], said["golden_sha256"]) == (release, proof.verdict, proof.golden)
+    except (OSError, ValueError, TypeError, KeyError):
+        return  # not the one signed, as said above
     yield Check(
         "evidence: of this release, verdict and golden set",
         "" if fits else "the evidence is of another release, verdict or golden set",
     )
-    if said.get("production_results_sha256") is not None:
-        path = folder / files.PRODUCTION_RESULTS
-        same = path.is_file() and sha256_of(path) == said["production_results_sha256"]
+    path = folder / files.PRODUCTION_RESULTS
+    if path.exists() or said.get("production_results_sha256") is not None:
+        same = path.is_file() and sha256_of(path) == said.get("production_results_sha256")
         yield Check(
             f"evidence: {path.name}", "" if same else f"the evidence's {path.name} is missing or not the one signed"
         )
+
+
+def _unsigned_files(folder: Path) -> Iterator[Check]:
+    """Nothing may lie beside the proof that looks like a part of it. (What belongs to the release, its manifest says.)"""
+    known = {RELEASE, HISTORY, STATEMENTS, EVIDENCE, *(f"{EVIDENCE}/{name}" for name in _SIGNED_FILES)}
+    there = {p.relative_to(folder).as_posix() for place in (folder, folder / EVIDENCE) for p in place.glob("*")}
+    for name in sorted(there - known):
+        yield Check("files", f"{name} is no part of what was signed")
 
 
 def _gate_check(folder: Path) -> Check:
@@ -279,11 +309,16 @@ def reproduce(
         UsageError: it was never evaluated against thresholds, or the golden set at hand is another.
         TrustError: its evidence is not as it was signed.
     """
+    from mlflow.exceptions import MlflowException
+
     version = resolve(reference)
     proof = _proof(production.history_of(version.name), (version.tags or {}).get(EVALUATION), version.release_id)
     if proof is None:
         raise UsageError(f"{version} has no signed evidence; evaluate it with --thresholds, or promote it")
-    folder = files.download(proof.run)
+    try:
+        folder = files.download(proof.run)
+    except (MlflowException, OSError) as e:
+        raise TrustError(f"the evidence of {version} cannot be fetched: {str(e).splitlines()[0]}") from e
     if problems := [c.problem for c in _file_checks(folder, proof, version.release_id) if c.problem]:
         raise TrustError(f"the evidence of {version} is not as it was signed: {'; '.join(problems)}", problems)
     recorded, again = judged_again(folder)

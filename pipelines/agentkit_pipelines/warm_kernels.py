@@ -1,4 +1,4 @@
-"""Kernels started ahead, with their imports done: an evaluation in one of them begins at once.
+"""Kernels started ahead, with their imports done: a notebook in one of them begins at once.
 
 A kernel serves one notebook and is thrown away, like any other: releases execute their own source in it. While it
 serves, the next one is warmed.
@@ -21,17 +21,19 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 
 from agentkit_pipelines import warm_up
-from agentkit_pipelines.notebook_runner import KERNEL, kernel_options
+from agentkit_pipelines.notebook_runner import KERNEL, kernel_options, kernel_source
+from agentkit_tracking.home import prepare_environment
 
 _ENGINE = "agentkit-warm"
 _log = logging.getLogger(__name__)
 
 
 class WarmKernels:
-    """Keeps one kernel warm for `run_notebook(…, kernels=…)`; a context manager, no kernel outlives it.
+    """Within `with WarmKernels():` every pipeline notebook gets a kernel that was warmed before; none outlives the block.
 
     A kernel has the working directory and the environment variables of the moment it was started. When these are
-    others now, or the kernel has died, the notebook gets a new one of its own, which only takes longer.
+    others now, or the kernel has died, the notebook gets a new one, which only takes longer. So does one that runs in
+    another thread.
     """
 
     def __init__(self) -> None:
@@ -39,31 +41,44 @@ class WarmKernels:
         self._next: _Kernel | None = None
 
     def __enter__(self) -> WarmKernels:
+        # What they and we set in the environment is set now; after the first kernel it would make that one unfit.
+        import polars  # noqa: F401
+
+        prepare_environment()
         self._warm_next()
+        self._before = kernel_source.set(self._taken)
         return self
 
     def __exit__(self, *_: object) -> None:
+        kernel_source.reset(self._before)
         self._replace(None)
 
     @contextmanager
-    def taken(self) -> Iterator[dict[str, Any]]:
-        """The options of `papermill.execute_notebook` that make it use the warm kernel, which ends with the block."""
-        with self._lock:
-            kernel, self._next = self._next, None
+    def _taken(self) -> Iterator[dict[str, Any]]:
+        """`kernel_options`, and the warm kernel if there is a fit one. It ends with the block."""
+        kernel = self._take()
         try:
-            if kernel is not None and not kernel.is_fit():
-                kernel.end()
-                kernel = None
-            self._warm_next()
-            yield {} if kernel is None else {"engine_name": _ENGINE, "manager": kernel.manager}
+            with kernel_options() as options:
+                if kernel is not None:
+                    options |= {"engine_name": _ENGINE, "manager": kernel.manager}
+                self._warm_next()
+                yield options
         finally:
             if kernel is not None:
                 kernel.end()
 
+    def _take(self) -> _Kernel | None:
+        with self._lock:
+            kernel, self._next = self._next, None
+        if kernel is None or kernel.is_fit():
+            return kernel
+        kernel.end()
+        return None
+
     def _warm_next(self) -> None:
         try:
             self._replace(_Kernel())
-        except OSError as e:  # no memory, say: notebooks start kernels of their own
+        except OSError as e:  # no memory, say; a notebook still tries for itself
             _log.warning("no kernel could be started ahead: %s", e)
 
     def _replace(self, kernel: _Kernel | None) -> None:
@@ -74,7 +89,7 @@ class WarmKernels:
 
 
 class _Kernel:
-    """A kernel process that imports what is heavy, or has done so and waits, with its socket folder."""
+    """A kernel process that imports what is heavy, or has done so and waits."""
 
     def __init__(self) -> None:
         self._place = _here()
@@ -83,18 +98,22 @@ class _Kernel:
             options["extra_arguments"] += [f"--IPKernelApp.extra_extensions={warm_up.__name__}"]
             client = NotebookClient(nbformat.v4.new_notebook(), kernel_name=KERNEL, **options)
             self.manager: KernelManager = client.create_kernel_manager()
-            client.start_new_kernel(cwd=self._place[0])
-            self._folder = stack.pop_all()
+            client.start_new_kernel(cwd=os.getcwd())
+            self._sockets = stack.pop_all()
 
     def is_fit(self) -> bool:
-        """Whether it lives, and a kernel started now would be no other."""
+        """Whether it lives, and one started now would be no different."""
         return self._place == _here() and bool(run_sync(_is_alive)(self.manager))
 
     def end(self) -> None:
         """Kill it, if it is still there."""
-        with self._folder:
+        with self._sockets:
             if self.manager.has_kernel:
                 run_sync(_kill)(self.manager)
+
+
+def _here() -> tuple[str, dict[str, str]]:
+    return os.getcwd(), dict(os.environ)
 
 
 async def _is_alive(manager: KernelManager) -> bool:
@@ -105,26 +124,20 @@ async def _kill(manager: KernelManager) -> None:
     await ensure_async(manager.shutdown_kernel(now=True))
 
 
-def _here() -> tuple[str, dict[str, str]]:
-    return os.getcwd(), dict(os.environ)
-
-
 class _WarmEngine(NBClientEngine):  # type: ignore[misc]
-    """Papermill's engine with a kernel that is there already; should that one not answer, it starts its own."""
+    """Papermill's engine, with a kernel that is there already. Should it not answer, nbclient starts its own."""
 
     @classmethod
     def execute_managed_notebook(
         cls, nb_man: Any, kernel_name: str, *, manager: KernelManager, start_timeout: float = 60, **options: Any
     ) -> None:
-        chosen = {k: options[k] for k in ("extra_arguments", "config") if k in options}
-        client = PapermillNotebookClient(
-            nb_man, manager, kernel_name=kernel_name, startup_timeout=start_timeout, **chosen
-        )
-        client.owns_km = True  # shut down in order and cleaned up after the last cell, as one of its own
+        own = {name: options[name] for name in ("extra_arguments", "config") if name in options}
+        client = PapermillNotebookClient(nb_man, manager, kernel_name=kernel_name, startup_timeout=start_timeout, **own)
+        client.owns_km = True  # so it is shut down and cleaned up after the last cell as one of its own
         try:
             client.start_new_kernel_client()
         except RuntimeError:  # died at the last moment; no cell has run yet
-            _log.info("the warm kernel died, starting another")
+            _log.info("the warm kernel died, another is started")
             client.km = client.kc = None
         client.execute()
 

@@ -23,9 +23,12 @@ os.environ["AGENTKIT_TRACES"] = "off"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "notebooks"))
 
+import against_peers
 import dspy
+import guarding
 import numpy as np
 import polars as pl
+import warm_runner
 from dspy.lm15 import Message, Response, TextPart, Usage
 from rich.console import Console
 from rich.progress import track
@@ -212,9 +215,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with banking77/train.csv and hwu64/train.csv")
     data = parser.parse_args().data
+    against_peers.measure(note)
     call_overhead()
     imports()
     evaluation_throughput()
+    warm_runner.measure(note)
+    guarding.measure(note)
     for name, label in (("banking77", "category"), ("hwu64", "intent")):
         path = data / name / "train.csv" if data else None
         if path is not None and path.is_file():

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentkit_tracking.home import connect, home
+    from agentkit_tracking.home import connect
     from agentkit_tracking.loading import fetch, follow, load
     from agentkit_tracking.manifest import Manifest
     from agentkit_tracking.registry import Version, register, versions
@@ -17,12 +17,11 @@ _HOME = {
     "connect": "home",
     "fetch": "loading",
     "follow": "loading",
-    "home": "home",
     "load": "loading",
     "register": "registry",
     "versions": "registry",
 }
-__all__ = ["Manifest", "RunLog", "Version", "connect", "fetch", "follow", "home", "load", "register", "versions"]
+__all__ = ["Manifest", "RunLog", "Version", "connect", "fetch", "follow", "load", "register", "versions"]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from agentkit.errors import TrustError
-from agentkit_tracking.home import home, tracking_uri
+from agentkit_tracking.home import file_lock, home, tracking_uri
 from agentkit_tracking.keys import SigningKey, Trust, TrustedKey, load_trust
 from agentkit_tracking.statements import Evidence, Move, Signed, check, day, read, sign, signer
 
@@ -30,11 +30,15 @@ WORDS = {"promoted": "promoted", "rolled_back": "rolled back to", "withdrawn": "
 
 @dataclass(frozen=True)
 class Entry:
-    """One move. `problem` says what is wrong with its signature, as of now; "" where nothing is."""
+    """One move. `problem` says what is wrong with its signature, as of now; "" where nothing is.
+
+    `genuine`: a key trusted here made the signature, when it still signed; it may have been revoked since.
+    """
 
     signed: Signed[Move]
     key: TrustedKey | None
     problem: str
+    genuine: bool
 
     @property
     def move(self) -> Move:
@@ -67,18 +71,19 @@ class History:
         return self.head.move.version if self.head else None
 
     def earlier(self) -> list[int]:
-        """Versions to which rollbacks lead, in turn from the end."""
+        """Versions to which rollbacks lead, in turn from the end; none that only a forged entry promoted."""
         stack: list[int] = []
-        for move in (e.move for e in self.entries):
-            if move.event == "promoted" and move.left_version not in (None, move.version):
-                stack.append(int(move.left_version or 0))
-            elif move.event == "rolled_back" and stack:
+        for entry in self.entries:
+            move, left = entry.move, entry.move.left_version
+            if move.event == "promoted" and left not in (None, move.version):
+                stack += [left or 0] if self.promotion_of(left or 0) else []
+            elif move.event == "rolled_back" and stack and entry.genuine:
                 stack.pop()
         return stack
 
     def promotion_of(self, version: int) -> Entry | None:
-        """The last entry that promoted a version."""
-        found = [e for e in self.entries if e.move.event == "promoted" and e.move.version == version]
+        """The last genuine entry that promoted a version."""
+        found = [e for e in self.entries if e.genuine and e.move.event == "promoted" and e.move.version == version]
         return found[-1] if found else None
 
 
@@ -99,13 +104,18 @@ def parse(system: str, tags: Mapping[str, str], trust: Trust) -> History:
             _follows(system, n, signed.statement, entries[-1] if entries else None)
         except TrustError as e:
             raise TrustError(f"the history of {system} was altered: entry {n}: {e}") from e
-        key, problem = trust.find(signed.key_id), ""
-        try:
-            check(signed, trust, is_past=n < len(found))
-        except TrustError as e:
-            problem = str(e)
-        entries.append(Entry(signed, key, problem))
+        then = _problem(signed, trust, True)
+        now = then if n < len(found) else _problem(signed, trust, False)
+        entries.append(Entry(signed, trust.find(signed.key_id), now, genuine=not then))
     return History(system, tuple(entries))
+
+
+def _problem(signed: Signed[Move], trust: Trust, is_past: bool) -> str:
+    try:
+        check(signed, trust, is_past=is_past)
+    except TrustError as e:
+        return str(e)
+    return ""
 
 
 def _follows(system: str, n: int, move: Move, last: Entry | None) -> None:
@@ -162,7 +172,8 @@ def describe(entry: Entry) -> str:
     what = f"version {move.version}" if move.version else f"version {move.left_version}"
     left = f" (before: version {move.left_version})" if move.left_version and move.version else ""
     proof = f" · evidence {move.evidence.sha256[:12]}" if move.evidence else ""
-    return f"{day(move.time)} {WORDS[move.event]} {what}{left} by {entry.who}{proof} · {move.why}"
+    line = f"{day(move.time)} {WORDS[move.event]} {what}{left} by {entry.who}{proof} · {move.why}"
+    return " ".join(line.split())  # who signs by other means than ours could write headings into the description
 
 
 def render(history: History) -> str:
@@ -183,10 +194,13 @@ def remember(history: History) -> None:
     if not entries or entries == seen(history.system):
         return
     path = _seen_path(history.system)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
-    scratch.write_text(json.dumps(entries))
-    os.replace(scratch, path)
+    with file_lock(path.with_name(f".{path.name}.lock")):
+        known = seen(history.system)
+        if len(entries) <= len(known) or entries[: len(known)] != known:
+            return  # a process that looked before the last move
+        scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+        scratch.write_text(json.dumps(entries))
+        os.replace(scratch, path)
 
 
 def seen(system: str) -> list[str]:
@@ -197,11 +211,14 @@ def seen(system: str) -> list[str]:
     """
     path = _seen_path(system)
     try:
-        return [str(text) for text in json.loads(path.read_text())]
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as e:
         raise TrustError(f"what this machine has seen of {system} cannot be read: {path}: {e}") from e
+    if not isinstance(found, list):
+        raise TrustError(f"what this machine has seen of {system} cannot be read: {path} holds no list")
+    return [str(text) for text in found]
 
 
 def _went_back(history: History) -> str:

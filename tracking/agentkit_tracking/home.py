@@ -34,6 +34,13 @@ def project_root(start: Path | None = None) -> Path:
     return next((d for d in (start, *start.parents) if any((d / mark).exists() for mark in _MARKS)), start)
 
 
+def belongs_here(path: Path) -> bool:
+    """Whether a path lies in the home, or in the project around the working directory; a mere directory is no project."""
+    root, path = project_root(), path.resolve()
+    is_project = any((root / mark).exists() for mark in _MARKS)
+    return path.is_relative_to(home()) or (is_project and path.is_relative_to(root))
+
+
 def home() -> Path:
     """`AGENTKIT_HOME`, or `.agentkit` in the project root: run log, MLflow database, artifacts, fetched releases."""
     given = os.environ.get("AGENTKIT_HOME")
@@ -94,13 +101,13 @@ def connect() -> MlflowClient:
         UsageError: the server named by MLFLOW_TRACKING_URI does not answer.
     """
     uri = tracking_uri()
-    client = _connect(uri, str(home()))
+    client = _connect(uri, registry_uri(), str(home()))
     _use(uri)
     return client
 
 
 @cache
-def _connect(uri: str, folder: str) -> MlflowClient:
+def _connect(uri: str, registry: str, folder: str) -> MlflowClient:
     prepare_environment()
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -121,7 +128,7 @@ def _connect(uri: str, folder: str) -> MlflowClient:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        client = mlflow.MlflowClient(uri, registry_uri())
+        client = mlflow.MlflowClient(uri, registry)
         client.search_experiments(max_results=1)
     except MlflowException as e:
         reason = str(e).splitlines()[0].rpartition("Caused by ")[2][:200]

@@ -8,11 +8,12 @@ the home, or where `AGENTKIT_TRUST` says; who controls that file decides what co
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 import os
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,10 +21,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from agentkit.errors import UsageError
-from agentkit_tracking.home import author, file_lock, home, tracking_uri
+from agentkit_tracking.home import author, file_lock, home, is_local_store, tracking_uri
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -41,9 +42,11 @@ class TrustedKey(BaseModel):
     owner: str
     public: str = Field(description="the 32 bytes of the public key, base64")
     local: bool = Field(default=False, description="made by itself on a first run; vouches for this machine only")
-    created: datetime
-    retired: datetime | None = Field(default=None, description="what it signed until then counts, later signatures not")
-    revoked: datetime | None = Field(default=None, description="nothing that it signed counts any more")
+    created: AwareDatetime
+    retired: AwareDatetime | None = Field(
+        default=None, description="what it signed until then counts, later signatures not"
+    )
+    revoked: AwareDatetime | None = Field(default=None, description="nothing that it signed counts any more")
     why: str = ""
 
     @property
@@ -108,6 +111,8 @@ def load_trust() -> Trust:
         state = path.stat()
     except FileNotFoundError:
         return Trust()
+    except OSError as e:
+        raise UsageError(f"the trusted keys in {path} cannot be read ({e.strerror})") from e
     return _read_trust(path, state.st_mtime_ns, state.st_ino)
 
 
@@ -121,26 +126,39 @@ def _read_trust(path: Path, *_: int) -> Trust:
         first = e.errors()[0]
         raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; see tracking/TRUST.md") from e
     for key in trust.keys:
-        if key_id(base64.b64decode(key.public)) != key.id:
+        if not _is_named_for_itself(key):
             raise UsageError(
                 f"{path}: key {key.id} is not the id of its public key; add keys with `agentkit keys trust`"
             )
+        if sum(k.id == key.id for k in trust.keys) > 1:  # perhaps revoked in one place and good in the other
+            raise UsageError(f"{path}: key {key.id} stands there twice; keep the entry that says least of it")
     return trust
 
 
+def _is_named_for_itself(key: TrustedKey) -> bool:
+    try:
+        raw = base64.b64decode(key.public, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return len(raw) == 32 and key_id(raw) == key.id
+
+
 @contextmanager
-def _changing_trust() -> Iterator[list[TrustedKey]]:
-    """The list of keys, to be changed in place; written whole or not at all."""
+def _locked_trust() -> Iterator[Trust]:
+    """The trusted keys, which nobody else changes meanwhile."""
     path = trust_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(path.with_name(f".{path.name}.lock")):
-        trust = load_trust()
-        keys = list(trust.keys)
-        yield keys
-        text = trust.model_copy(update={"keys": tuple(keys)}).model_dump_json(indent=2, exclude_defaults=True)
-        scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        scratch.write_text(text + "\n")
-        os.replace(scratch, path)
+        yield load_trust()
+
+
+def _save_trust(trust: Trust, keys: Iterable[TrustedKey]) -> None:
+    """Write the file with other keys, whole or not at all."""
+    path = trust_path()
+    text = trust.model_copy(update={"keys": tuple(keys)}).model_dump_json(indent=2, exclude_defaults=True)
+    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    scratch.write_text(text + "\n")
+    os.replace(scratch, path)
 
 
 # ---- private keys
@@ -152,27 +170,38 @@ def signing_key() -> SigningKey:
     Raises:
         UsageError: there is none, it is not trusted here, or others can read its file.
     """
-    from agentkit_tracking.home import is_local_store
+    if (key := _own_key()) is None:
+        if is_local_store() and (not trust_path().exists() or all(k.local for k in load_trust().keys)):
+            return create(author(), local=True)
+        raise UsageError(_needs_key())
+    if key.public.revoked or key.public.retired:
+        how = _HOW_TO_GET if os.environ.get(KEY_ENV) else "make a new one with `agentkit keys rotate`"
+        raise UsageError(f"the signing key {key.public.id} is {key.public.status}; {how}")
+    return key
 
+
+def _own_key() -> SigningKey | None:
+    """The key at hand, whatever its state."""
     path = key_path()
     if os.environ.get(KEY_ENV):
-        private = _parse(os.environ[KEY_ENV], KEY_ENV)
+        private = _parse(os.fsencode(os.environ[KEY_ENV]), KEY_ENV)
     elif path.is_file():
         private = _read_private(path)
     elif os.environ.get(KEY_FILE_ENV):
         raise UsageError(f"{KEY_FILE_ENV} names {path}, which is no file")
-    elif is_local_store() and not trust_path().exists():
-        return create(author(), local=True)
     else:
-        raise UsageError(f"to sign for {tracking_uri()} you need a key: {_HOW_TO_GET}")
+        return None
     identity = key_id(_raw(private.public_key()))
     if (known := load_trust().find(identity)) is None:
         raise UsageError(
-            f"the signing key {identity} is not in {trust_path()}; add it: `agentkit keys trust PUBLIC.pem`"
+            f"the signing key {identity} is not in {trust_path()}; add it: `agentkit keys trust PUBLIC.pem --owner NAME` "
+            "(`openssl pkey -pubout` prints the public key of a private one)"
         )
-    if known.revoked or known.retired:
-        raise UsageError(f"the signing key {identity} is {known.status}; {_HOW_TO_GET}")
     return SigningKey(private, known)
+
+
+def _needs_key() -> str:
+    return f"to sign for {tracking_uri()} you need a key: {_HOW_TO_GET}"
 
 
 def key_path() -> Path:
@@ -192,35 +221,38 @@ def create(owner: str, *, local: bool = False) -> SigningKey:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.parent == home():
         _keep_out_of_git(home())
-    try:
-        _write_private(path, private)
-    except FileExistsError:
-        if local:  # another process was faster
-            return signing_key()
-        raise UsageError(f"{path} holds a key already; change it with `agentkit keys rotate`") from None
-    with _changing_trust() as keys:
-        keys.append(public)
+    with _locked_trust() as trust:
+        if os.path.lexists(path):
+            if local:  # another process was faster
+                return signing_key()
+            raise UsageError(f"{path} holds a key already; change it with `agentkit keys rotate`")
+        if local and trust_path().exists():  # cut off below, or the private key was taken away
+            raise UsageError(_needs_key())
+        _save_trust(trust, [*trust.keys, public])
+        _put_private(path, private)  # last: who finds it finds it trusted
     return SigningKey(private, public)
 
 
 def rotate() -> tuple[TrustedKey, SigningKey]:
     """A new key for the old one's owner. The old one retires: what it signed counts, and it signs no more.
 
+    One that was revoked, or retired when a rotation was cut off, stays what it is.
+
     Raises:
         UsageError: the key comes from the environment, or there is none.
     """
     if os.environ.get(KEY_ENV):
         raise UsageError(f"the key comes from {KEY_ENV}; unset it, `agentkit keys init`, then put the new one there")
-    old = signing_key().public
-    private, public = _generate(old.owner, local=False)
-    path = key_path()
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    _write_private(scratch, private)
-    with _changing_trust() as keys:
-        retired = old.model_copy(update={"retired": datetime.now(UTC)})
-        keys[:] = [retired if k.id == old.id else k for k in keys] + [public]
-    os.replace(scratch, path)
-    return retired, SigningKey(private, public)
+    with _locked_trust() as trust:
+        if (own := _own_key()) is None:
+            raise UsageError(_needs_key())
+        old = own.public
+        if not (old.retired or old.revoked):
+            old = old.model_copy(update={"retired": datetime.now(UTC)})
+        private, public = _generate(old.owner, local=False)
+        _save_trust(trust, [*(old if k.id == old.id else k for k in trust.keys), public])
+        _put_private(key_path(), private)
+    return old, SigningKey(private, public)
 
 
 def revoke(identity: str, why: str) -> TrustedKey:
@@ -229,12 +261,13 @@ def revoke(identity: str, why: str) -> TrustedKey:
     Raises:
         UsageError: no such key.
     """
-    with _changing_trust() as keys:
-        found = [i for i, k in enumerate(keys) if k.id.startswith(identity)]
+    with _locked_trust() as trust:
+        found = [k for k in trust.keys if identity and k.id.startswith(identity)]
         if len(found) != 1:
             raise UsageError(f"{len(found)} keys begin with {identity!r}; see `agentkit keys list`")
-        keys[found[0]] = keys[found[0]].model_copy(update={"revoked": datetime.now(UTC), "why": why[:500]})
-        return keys[found[0]]
+        gone = found[0].model_copy(update={"revoked": datetime.now(UTC), "why": why[:500]})
+        _save_trust(trust, [gone if k.id == gone.id else k for k in trust.keys])
+    return gone
 
 
 def trust_key(pem: bytes, owner: str) -> TrustedKey:
@@ -244,10 +277,10 @@ def trust_key(pem: bytes, owner: str) -> TrustedKey:
         UsageError: it is no Ed25519 public key, or it is known already.
     """
     public = public_key_from(pem, owner)
-    with _changing_trust() as keys:
-        if known := [k for k in keys if k.id == public.id]:
-            raise UsageError(f"key {public.id} is known already, as {known[0].owner}'s ({known[0].status})")
-        keys.append(public)
+    with _locked_trust() as trust:
+        if (known := trust.find(public.id)) is not None:
+            raise UsageError(f"key {public.id} is known already, as {known.owner}'s ({known.status})")
+        _save_trust(trust, [*trust.keys, public])
     return public
 
 
@@ -312,29 +345,38 @@ def _public(key: TrustedKey) -> Ed25519PublicKey:
     return Ed25519PublicKey.from_public_bytes(base64.b64decode(key.public))
 
 
-def _write_private(path: Path, private: Ed25519PrivateKey) -> None:
+def _put_private(path: Path, private: Ed25519PrivateKey) -> None:
+    """Write a private key, whole or not at all, for its owner alone."""
     from cryptography.hazmat.primitives import serialization as s
 
     pem = private.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
-    with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    with open(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
         file.write(pem)
+    os.replace(scratch, path)
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:
-    if os.name == "posix" and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+    try:
+        with path.open("rb") as file:
+            mode, pem = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read()
+    except OSError as e:
+        raise UsageError(f"the signing key in {path} cannot be read ({e.strerror})") from e
+    if os.name == "posix" and mode & 0o077:
         raise UsageError(
-            f"{path} can be read by others (mode {mode:04o}); it is not used. chmod 600 it, or better: rotate it"
+            f"{path} can be read by others (mode {mode:04o}); it is not used. chmod 600 it, then `agentkit keys rotate`, since others may have read it"
         )
-    return _parse(path.read_text(), str(path))
+    return _parse(pem, str(path))
 
 
-def _parse(pem: str, where: str) -> Ed25519PrivateKey:
+def _parse(pem: bytes, where: str) -> Ed25519PrivateKey:
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     key: object = None
-    with suppress(ValueError, TypeError):  # TypeError: it is encrypted
-        key = load_pem_private_key(pem.encode(), password=None)
+    with suppress(ValueError, TypeError, UnsupportedAlgorithm):  # TypeError: it is encrypted
+        key = load_pem_private_key(pem, password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(f"{where} holds no Ed25519 private key in PEM (PKCS 8, not encrypted)")
     return key

@@ -17,11 +17,11 @@ from agentkit.systems import System, short_name
 from agentkit_tracking import history as histories
 from agentkit_tracking import manifest as manifests
 from agentkit_tracking import production, registry
-from agentkit_tracking.home import home, is_local_store, project_root
+from agentkit_tracking.home import belongs_here, is_local_store
 from agentkit_tracking.keys import load_trust
 from agentkit_tracking.manifest import Manifest
 from agentkit_tracking.registry import REGISTRATION, Version
-from agentkit_tracking.rules import PRODUCTION
+from agentkit_tracking.rules import is_production
 from agentkit_tracking.source import Entry, load_entry
 from agentkit_tracking.statements import Registration, check, read
 
@@ -50,14 +50,13 @@ def fetch(reference: str | Path, *, trust: bool = False) -> tuple[Path, Manifest
     """The release that `load` would load, as a checked local folder. A path to a release folder works, too."""
     if is_folder(reference):
         folder, manifest = registry.fetch_folder(Path(reference))
-        known = any(folder.resolve().is_relative_to(place) for place in (home(), project_root()))
-        if not (trust or known):
+        if not (trust or belongs_here(folder)):
             raise TrustError(
                 f"{folder} lies outside this project; nobody vouches for it. Pass trust=True (--trust) to run it"
             )
         return folder, manifest
     name, _, alias = str(reference).partition("@")
-    if alias == PRODUCTION:
+    if is_production(alias):  # in any spelling: no look-alike leads round the signature
         return fetch_production(name)
     version = registry.resolve(str(reference))
     require_trusted(version, trust)
@@ -72,7 +71,7 @@ def resolve(reference: str) -> Version:
         TrustError: production is not what was signed.
     """
     name, _, alias = reference.partition("@")
-    if alias != PRODUCTION:
+    if not is_production(alias):
         return registry.resolve(reference)
     if (version := production.find_production(name)) is None:
         raise UnknownReference(_nothing_in_production(name))

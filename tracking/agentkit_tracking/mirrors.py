@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from agentkit_tracking.history import HEADING, KEY, History, render, seen
 from agentkit_tracking.home import connect
-from agentkit_tracking.registry import DESCRIPTION_LIMIT, Registered, look_up, prompts_of
+from agentkit_tracking.registry import DESCRIPTION_LIMIT, Registered, Version, look_up, prompts_of
 from agentkit_tracking.rules import PRODUCTION
 
 
@@ -31,11 +31,20 @@ def _mirror_alias(registered: Registered, history: History) -> int:
 
 def prompts_wrong(registered: Registered, history: History) -> dict[str, int | None]:
     """Prompts whose alias `production` is wrong, and the version it belongs to (None: the release has no such prompt)."""
-    wanted: dict[str, int | None] = {p["name"]: None for v in registered.versions for p in prompts_of(v).values()}
+    wanted: dict[str, int | None] = {name: None for v in registered.versions for name, _ in own_prompts(v).values()}
     for v in registered.versions:
         if v.number == history.production:
-            wanted |= {p["name"]: int(p["version"]) for p in prompts_of(v).values()}
+            wanted |= dict(own_prompts(v).values())
     return {name: number for name, number in wanted.items() if prompt_in_production(name) != number}
+
+
+def own_prompts(version: Version) -> dict[str, tuple[str, int]]:
+    """Short name to name and version in MLflow; not those of another system, which whoever made the version could name."""
+    try:
+        found = {short: (str(p["name"]), int(p["version"])) for short, p in prompts_of(version).items()}
+    except (ValueError, TypeError, KeyError):  # the tag was altered; its hash tells
+        return {}
+    return {short: prompt for short, prompt in found.items() if prompt[0] == f"{version.name}.{short}"}
 
 
 def prompt_in_production(name: str) -> int | None:
@@ -43,7 +52,8 @@ def prompt_in_production(name: str) -> int | None:
     from mlflow.exceptions import MlflowException
 
     try:
-        return int(connect().get_prompt_version_by_alias(name, PRODUCTION).version)
+        found = connect().get_prompt_version_by_alias(name, PRODUCTION)
+        return None if found is None else int(found.version)
     except MlflowException as e:
         if e.error_code in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST"):  # no such alias
             return None

@@ -14,6 +14,7 @@ from agentkit_tracking.history import History
 from agentkit_tracking.home import connect
 from agentkit_tracking.keys import load_trust
 from agentkit_tracking.manifest import Manifest
+from agentkit_tracking.mirrors import own_prompts, prompt_in_production
 from agentkit_tracking.registry import (
     EVALUATION,
     PROMPTS,
@@ -23,7 +24,6 @@ from agentkit_tracking.registry import (
     Version,
     look_up,
     prompt_text,
-    prompts_of,
 )
 from agentkit_tracking.rules import PRODUCTION, head_problems, is_production
 from agentkit_tracking.statements import Evaluation, Signed, check, read
@@ -203,12 +203,14 @@ def prompt_checks(version: Version, manifest: Manifest) -> Iterator[Check]:
     """Whether the prompts that MLflow shows, and gives to others, are those of the release. One call per prompt."""
     from mlflow.exceptions import MlflowException
 
-    for short, prompt in prompts_of(version).items():
-        name, number = prompt["name"], int(prompt["version"])
+    named = own_prompts(version)
+    if named.keys() != manifest.prompts.keys():
+        yield Check("prompts", f"{version} names other prompts than its release has")
+    for short, (name, number) in named.items():
         try:
             stored = connect().get_prompt_version(name, str(number))
             problem = _prompt_problem(stored, prompt_text(manifest.prompts[short]))
-        except (MlflowException, KeyError) as e:
+        except (MlflowException, KeyError, ValueError) as e:
             problem = f"cannot be read ({str(e).splitlines()[0]})"
         yield Check(
             f"text of prompt {name} version {number}",
@@ -228,10 +230,7 @@ def _prompt_problem(stored: Any, text: str) -> str:
 
 def mirror_checks(version: Version) -> Iterator[Check]:
     """Whether the prompts' aliases follow; a mirror that lags behind keeps nothing from being loaded."""
-    from agentkit_tracking.mirrors import prompt_in_production
-
-    for prompt in prompts_of(version).values():
-        name, number = prompt["name"], int(prompt["version"])
+    for name, number in own_prompts(version).values():
         found = prompt_in_production(name)
         problem = f"prompt {name}@{PRODUCTION} is version {found}, should be {number}; `agentkit doctor --repair`"
         yield Check(f"alias of prompt {name}", "" if found == number else problem, blocks=False)

@@ -58,10 +58,11 @@ def _rollback_problems(move: Move, promotion: Entry | None, trust: Trust) -> lis
     found = []
     if (promotion.move.release, promotion.move.evidence) != (move.release, move.evidence):
         found.append("the rollback names another release or other evidence than the promotion it restores")
-    key = trust.find(promotion.signed.key_id)
-    if key is not None and key.revoked:
-        found.append(f"the promotion it restores was signed with key {key.id} ({key.owner}), revoked since")
-    return found
+    try:
+        check(promotion.signed, trust)
+    except TrustError as e:
+        found.append(f"the promotion it restores does not count: {e}")
+    return found + _promotion_problems(promotion.move)
 
 
 def _accepted_problems(move: Move, trust: Trust) -> list[str]:

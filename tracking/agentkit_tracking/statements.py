@@ -123,7 +123,7 @@ def sign(statement: Statement, key: SigningKey) -> str:
         "predicateType": statement.predicate_type,
         "predicate": statement.model_dump(mode="json"),
     }
-    payload = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    payload = _canonical(body)
     signature = {"keyid": key.public.id, "sig": _text(key.private.sign(_pre_authentication(payload)))}
     return json.dumps({"payloadType": _PAYLOAD_TYPE, "payload": _text(payload), "signatures": [signature]})
 
@@ -141,15 +141,17 @@ def read(envelope: str, kind: type[S]) -> Signed[S]:
     """
     try:
         outer = json.loads(envelope)
-        payload = base64.b64decode(outer["payload"], validate=True)
+        payload = _bytes(outer["payload"])
         [signature] = outer["signatures"]
         body = json.loads(payload)
+        if _canonical(body) != payload:  # else another reader could find something else in it, by a field named twice
+            raise TrustError(f"a signed statement ({kind.__name__}) is not written as agentkit writes it")
         statement = kind.model_validate(body["predicate"])
         subject = [{"name": statement.system, "digest": {"sha256": statement.release}}]
         said = (outer["payloadType"], body["_type"], body["predicateType"], body["subject"])
         if said != (_PAYLOAD_TYPE, _TYPE, kind.predicate_type, subject):
             raise TrustError(f"a signed statement is not of the kind {kind.predicate_type}, or its subject is another")
-        key_id, signed = str(signature["keyid"]), base64.b64decode(signature["sig"], validate=True)
+        key_id, signed = str(signature["keyid"]), _bytes(signature["sig"])
     except (ValueError, KeyError, TypeError, binascii.Error, ValidationError, RecursionError) as e:
         raise TrustError(
             f"a signed statement ({kind.__name__}) cannot be read: it was altered or is no such statement"
@@ -192,5 +194,17 @@ def _pre_authentication(payload: bytes) -> bytes:
     return b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
 
 
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def _bytes(text: str) -> bytes:
+    """Base64 in its one spelling: the decoder drops bits and padding that follow the last byte."""
+    data = base64.b64decode(text, validate=True)
+    if _text(data) != text:
+        raise ValueError("not the base64 that encoding gives")
+    return data

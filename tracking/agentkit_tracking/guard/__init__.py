@@ -10,7 +10,7 @@ from typing import Any
 SCHEME = "agentkit-"
 
 
-def registry_store(store_uri: str) -> Any:
+def open_store(store_uri: str) -> Any:
     """Entry point of MLflow's registry-store plugins; light, since MLflow loads it on every import."""
     from agentkit_tracking.guard.registry_store import GuardedStore
 

@@ -201,8 +201,8 @@ class Guard:
     sealed run or model in path and query, and in its body none that is or will be sealed.
     """
 
-    def __init__(self, app: ASGIApp, store: Any, prefix: str = "") -> None:
-        self.app, self.store, self.prefix = app, store, prefix
+    def __init__(self, app: ASGIApp, store: Any, prefix: str = "", *, registry: bool = False) -> None:
+        self.app, self.store, self.prefix, self.registry = app, store, prefix, registry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -210,7 +210,7 @@ class Guard:
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")).removeprefix(self.prefix)
         if path == "/agentkit/guard":
-            page = JSONResponse({"guard": True, "registry": is_registry_guarded()})
+            page = JSONResponse({"guard": True, "registry": self.registry})
             await page(scope, receive, send)
             return
         try:
@@ -251,7 +251,7 @@ class Guard:
         """A folder must not be deleted with what is sealed in it."""
         folder = _plain(path).lower()
         for location in await self._ask(self.store.sealed_locations):
-            if not folder or f"/{folder}/" in _plain(location).lower():
+            if not folder or f"/{folder}/" in f"/{_plain(location).lower()}/":
                 refuse(find_ids(location), f"{path or 'the root'!r}, which holds artifacts of ")
 
     async def _ask(self, question: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -383,7 +383,7 @@ def _with_guard(app: FastAPI) -> FastAPI:
     store = handlers._get_tracking_store()
     prefix = os.environ.get(handlers.STATIC_PREFIX_ENV_VAR, "").rstrip("/")
     # Innermost: MLflow's own checks of host, origin and user come first.
-    app.user_middleware.append(Middleware(Guard, store=store, prefix=prefix))
+    app.user_middleware.append(Middleware(Guard, store=store, prefix=prefix, registry=is_registry_guarded()))
     return app
 
 

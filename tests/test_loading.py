@@ -1,0 +1,756 @@
+"""Loading: whatever was changed in the database or on disk is said, and nothing of a release has run by then."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evidence import Store, agentkit, as_user, promoted
+
+from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
+from agentkit_pipelines import promotion
+from agentkit_tracking import history as histories
+from agentkit_tracking import keys, loading, production, registry
+from agentkit_tracking.history import KEY
+from agentkit_tracking.home import connect
+from agentkit_tracking.keys import SigningKey, Trust, _generate
+from agentkit_tracking.statements import Evidence, Registration, sign
+
+EVE = SigningKey(*_generate("Eve", local=False))
+
+
+@pytest.fixture
+def store(own_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+    """Versions 1 and 2 promoted in turn, 3 registered; whatever of it is executed leaves a file behind."""
+    monkeypatch.setenv("MARKER", str(tmp_path / "executed"))
+    monkeypatch.setenv("AGENTKIT_AUTHOR", "Ada")
+    return promoted(own_home)
+
+
+def executed() -> bool:
+    """Whether a release's source ran since it was last asked."""
+    path = Path(os.environ["MARKER"])
+    found = path.exists()
+    path.unlink(missing_ok=True)
+    return found
+
+
+def refused(reference: str | Path = "colours@production", **options: Any) -> str:
+    with pytest.raises(ReleaseError) as error:
+        loading.load(reference, **options)
+    assert not executed()
+    return str(error.value)
+
+
+def loads(reference: str | Path = "colours@production", **options: Any) -> str | None:
+    system = loading.load(reference, **options)
+    assert executed()
+    assert system.run(text="lava").output["label"] == "warm"
+    return system.release
+
+
+def fresh(store: Store) -> None:
+    """As a machine that has the same trusted keys, and has neither seen nor fetched anything."""
+    shutil.rmtree(store.home / "seen")
+    shutil.rmtree(store.home / "releases")
+    (store.home / "signing_key.pem").unlink(missing_ok=True)
+
+
+def trusting(store: Store, **changes: Any) -> None:
+    path = store.home / "trust.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---- straight in the database
+
+
+def tag(store: Store, key: str, version: int | None = 2, name: str = "colours") -> str:
+    if version is None:
+        rows = store.sql("SELECT value FROM registered_model_tags WHERE name = ? AND key = ?", name, key)
+    else:
+        rows = store.sql(
+            "SELECT value FROM model_version_tags WHERE name = ? AND version = ? AND key = ?", name, version, key
+        )
+    return str(rows[0][0])
+
+
+def put(store: Store, key: str, value: str | None, version: int | None = 2, name: str = "colours") -> None:
+    """Set a tag of a version, or of the model; None deletes it."""
+    table, columns, place = ("model_version_tags", "key, name, version", (key, name, version))
+    if version is None:
+        table, columns, place = ("registered_model_tags", "key, name", (key, name))
+    where = " AND ".join(f"{c.strip()} = ?" for c in columns.split(","))
+    store.sql(f"DELETE FROM {table} WHERE {where}", *place)
+    if value is not None:
+        marks = ", ".join("?" * (len(place) + 2))
+        store.sql(f"INSERT INTO {table} ({columns}, value, workspace) VALUES ({marks})", *place, value, "default")
+
+
+def alias(store: Store, name: str, version: int | None, model: str = "colours") -> None:
+    store.sql("DELETE FROM registered_model_aliases WHERE name = ? AND alias = ?", model, name)
+    if version is not None:
+        store.sql(
+            "INSERT INTO registered_model_aliases (alias, version, name, workspace) VALUES (?, ?, ?, 'default')",
+            name,
+            version,
+            model,
+        )
+
+
+def entry(n: int) -> str:
+    return f"{KEY}{n:06}"
+
+
+def history(store: Store, n: int, text: str | None) -> None:
+    put(store, entry(n), text, version=None)
+
+
+def told(store: Store, n: int) -> str:
+    return tag(store, entry(n), version=None)
+
+
+def by_a_stranger(store: Store, version: int = 3, event: Any = "promoted", take_evidence_of: int = 2) -> None:
+    """The entry that somebody could write who has the database's password and no trusted key."""
+    tags = {entry(n): told(store, n) for n in range(1, next_free(store))}
+    found = histories.parse("colours", tags, Trust())
+    evidence = Evidence.model_validate(json.loads(evidence_of(store, take_evidence_of)))
+    assert found.head is not None
+    made, text = histories.next_entry(
+        found, event, EVE, version=version, release=tag(store, "agentkit.release_id", version),
+        prompts=registry_hash(tag(store, "agentkit.prompts", version)),
+        evidence=evidence.model_copy(update={"compared_with": found.head.move.release}), why="trust me",
+    )  # fmt: skip
+    put(store, made, text, version=None)
+    alias(store, "production", version)
+
+
+def registry_hash(text: str) -> str:
+    from hashlib import sha256
+
+    return sha256(text.encode()).hexdigest()
+
+
+def next_free(store: Store) -> int:
+    return len(store.sql("SELECT 1 FROM registered_model_tags WHERE key LIKE ?", KEY + "%")) + 1
+
+
+def evidence_of(store: Store, n: int) -> str:
+    body = json.loads(base64.b64decode(json.loads(told(store, n))["payload"]))
+    return json.dumps(body["predicate"]["evidence"])
+
+
+def reworded(text: str, **changes: Any) -> str:
+    """An envelope with other contents and the signature it had."""
+    outer = json.loads(text)
+    body = json.loads(base64.b64decode(outer["payload"]))
+    body["predicate"] |= changes
+    body["subject"][0]["digest"]["sha256"] = body["predicate"]["release"]
+    outer["payload"] = base64.b64encode(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).decode()
+    return json.dumps(outer)
+
+
+def promise_another(store: Store) -> None:
+    """Entry 2, altered to promote version 3, and everything else to match."""
+    changes = {"version": 3, "release": tag(store, "agentkit.release_id", 3)}
+    changes["prompts"] = registry_hash(tag(store, "agentkit.prompts", 3))
+    history(store, 2, reworded(told(store, 2), **changes))
+    alias(store, "production", 3)
+
+
+def rename(store: Store, new: str = "painted") -> None:
+    for table in (
+        "registered_models",
+        "registered_model_tags",
+        "registered_model_aliases",
+        "model_versions",
+        "model_version_tags",
+    ):
+        store.sql(f"UPDATE {table} SET name = ? WHERE name = 'colours'", new)
+
+
+def make_anew(store: Store) -> None:
+    """The model, deleted and made again with what was version 3 as its version 1, in production."""
+    for table in ("registered_model_tags", "registered_model_aliases"):
+        store.sql(f"DELETE FROM {table} WHERE name = 'colours'")
+    for table in ("model_versions", "model_version_tags"):
+        store.sql(f"DELETE FROM {table} WHERE name = 'colours' AND version < 3")
+        store.sql(f"UPDATE {table} SET version = 1 WHERE name = 'colours'")
+    put(store, "agentkit.system", "true", version=None)
+    alias(store, "production", 1)
+
+
+def both(*changes: Callable[[Store], None]) -> Callable[[Store], None]:
+    return lambda store: [change(store) for change in changes] and None
+
+
+@dataclass(frozen=True)
+class Change:
+    """What somebody does to the database, and what is said of it: here, and where nothing was ever seen."""
+
+    make: Callable[[Store], Any]
+    said: str
+    said_fresh: str | None = None
+
+
+SEEN2 = "entry 2 is missing, which this machine has seen"
+CHANGES = {
+    "alias to a version never promoted": Change(
+        lambda s: alias(s, "production", 3), "the alias points to version 3, but the signed history says version 2 is in production"
+    ),
+    "alias to a version that does not exist": Change(lambda s: alias(s, "production", 9), "the alias points to version 9, but the signed history says version 2"),
+    "alias deleted": Change(lambda s: alias(s, "production", None), "the alias is not set, but the signed history says version 2 is in production"),
+    "alias Production": Change(lambda s: alias(s, "Production", 3), "the alias 'Production' was set without evidence"),
+    "alias PRODUCTION": Change(lambda s: alias(s, "PRODUCTION", 2), "the alias 'PRODUCTION' was set without evidence"),
+    "alias production_": Change(lambda s: alias(s, "production_", 3), "the alias 'production_' was set without evidence"),
+    "stage of another": Change(
+        lambda s: s.sql("UPDATE model_versions SET current_stage = 'Production' WHERE name = 'colours' AND version = 3"),
+        "colours/3 was put into the stage 'Production', which proves nothing",
+    ),
+    "stage of the same": Change(
+        lambda s: s.sql("UPDATE model_versions SET current_stage = 'production' WHERE name = 'colours' AND version = 2"),
+        "colours/2 was put into the stage 'production'",
+    ),
+    "prompt reworded": Change(
+        lambda s: put(s, "mlflow.prompt.text", "Say cold.", 2, "colours.program"), "the text of prompt colours.program version 2 was changed in MLflow"
+    ),
+    "prompt of another kind": Change(
+        lambda s: put(s, "_mlflow_prompt_type", "chat", 2, "colours.program"), "the text of prompt colours.program version 2"
+    ),
+    "prompt with another model": Change(
+        lambda s: put(s, "_mlflow_prompt_model_config", '{"model_name": "evil"}', 2, "colours.program"),
+        "the text of prompt colours.program version 2 was given another model in MLflow",
+    ),
+    "prompt with a response format": Change(
+        lambda s: put(s, "_mlflow_prompt_response_format", '{"type": "object"}', 2, "colours.program"),
+        "the text of prompt colours.program version 2 was given a response format in MLflow",
+    ),
+    "prompt with a model that is none": Change(
+        lambda s: put(s, "_mlflow_prompt_model_config", "x", 2, "colours.program"), "the text of prompt colours.program version 2"
+    ),
+    "prompt that is none": Change(
+        lambda s: put(s, "mlflow.prompt.is_prompt", None, 2, "colours.program"), "the text of prompt colours.program version 2"
+    ),
+    "prompt version deleted": Change(
+        lambda s: s.sql("DELETE FROM model_versions WHERE name = 'colours.program' AND version = 2"),
+        "the text of prompt colours.program version 2",
+    ),
+    "prompt deleted": Change(
+        lambda s: [s.sql(f"DELETE FROM {t} WHERE name = 'colours.program'") for t in ("model_versions", "registered_models")],
+        "the text of prompt colours.program version 2",
+    ),
+    "verdict": Change(lambda s: put(s, "agentkit.last_verdict", "fail"), "colours/2 shows the verdict 'fail', signed was 'pass'"),
+    "verdict deleted": Change(lambda s: put(s, "agentkit.last_verdict", None), "colours/2 shows the verdict None, signed was 'pass'"),
+    "evaluation of another version": Change(
+        lambda s: put(s, "agentkit.evaluation", tag(s, "agentkit.evaluation", 1)), "the verdict of colours/2: its evaluation was signed for another release"
+    ),
+    "evaluation reworded": Change(
+        lambda s: put(s, "agentkit.evaluation", reworded(tag(s, "agentkit.evaluation"), description="0" * 64)),
+        "the verdict of colours/2: the signature of key",
+    ),
+    "evaluation that is none": Change(lambda s: put(s, "agentkit.evaluation", "pass"), "the verdict of colours/2: a signed statement"),
+    "evaluation deleted": Change(lambda s: put(s, "agentkit.evaluation", None), "colours/2 shows the verdict 'pass' without a signature"),
+    "release id": Change(
+        lambda s: put(s, "agentkit.release_id", tag(s, "agentkit.release_id", 3)), r"colours/2 says release [0-9a-f]{12}, signed was [0-9a-f]{12}"
+    ),
+    "release id deleted": Change(lambda s: put(s, "agentkit.release_id", None), r"colours/2 says release , signed was [0-9a-f]{12}"),
+    "prompts of another version": Change(lambda s: put(s, "agentkit.prompts", tag(s, "agentkit.prompts", 3)), "colours/2 names other prompts than were signed"),
+    "prompts that are none": Change(lambda s: put(s, "agentkit.prompts", "none"), "colours/2 names other prompts than were signed"),
+    "prompts deleted": Change(lambda s: put(s, "agentkit.prompts", None), "colours/2 names other prompts than were signed"),
+    "last entry reworded": Change(
+        promise_another, "entry 2 is another than this machine has seen", r"the signature of key \w+ \(Ada\) does not fit: what was signed was altered"
+    ),
+    "first entry reworded": Change(lambda s: history(s, 1, reworded(told(s, 1), why="because")), "entry 2: it is not built on the entry before it"),
+    "entry that is none": Change(lambda s: history(s, 2, "promoted"), r"entry 2: a signed statement \(Move\) cannot be read"),
+    "last entry deleted": Change(lambda s: history(s, 2, None), SEEN2, "the alias points to version 2, but the signed history says version 1"),
+    "first entry deleted": Change(lambda s: history(s, 1, None), "entry 1 of 1 is missing"),
+    "history deleted": Change(
+        lambda s: [history(s, n, None) for n in (1, 2)], "entry 1 is missing, which this machine has seen", "the alias points to version 2, but no signed history says so"
+    ),
+    "history numbered anew": Change(both(lambda s: history(s, 1, told(s, 2)), lambda s: history(s, 2, None)), "entry 1: it is entry 2 of colours"),
+    "old entry again": Change(lambda s: history(s, 2, told(s, 1)), "entry 2: it is entry 1 of colours"),
+    "old entry once more": Change(lambda s: history(s, 3, told(s, 1)), "entry 3: it is entry 1 of colours"),
+    "entry by a stranger": Change(by_a_stranger, f"signed with key {EVE.public.id}, which is not trusted here"),
+    "entry by a stranger in place of the last": Change(
+        both(lambda s: history(s, 2, None), lambda s: by_a_stranger(s, take_evidence_of=1)),
+        "entry 2 is another than this machine has seen",
+        f"signed with key {EVE.public.id}, which is not trusted here",
+    ),
+    "rollback by a stranger": Change(lambda s: by_a_stranger(s, 1, "rolled_back", 1), f"signed with key {EVE.public.id}, which is not trusted here"),
+    "renamed": Change(rename, "entry 1 is missing, which this machine has seen", "no system 'colours' is registered"),
+    "another system renamed to it": Change(
+        both(rename, lambda s: s.sql("UPDATE registered_models SET name = 'colours' WHERE name = 'painted'")), "entry 1 is missing", "has no version in production|no system"
+    ),
+    "version deleted": Change(
+        lambda s: s.sql("DELETE FROM model_versions WHERE name = 'colours' AND version = 2"), "version 2 of colours is in production, but was deleted"
+    ),
+    "version deleted by MLflow": Change(
+        lambda s: s.sql("UPDATE model_versions SET current_stage = 'Deleted_Internal' WHERE name = 'colours' AND version = 2"),
+        "version 2 of colours is in production, but was deleted",
+    ),
+    "model made anew": Change(make_anew, "entry 1 is missing, which this machine has seen", "the alias points to version 1, but no signed history says so"),
+    "run of the evidence deleted": Change(
+        lambda s: s.sql("UPDATE runs SET lifecycle_stage = 'deleted'"), r"the run \w+ that holds its evidence was deleted; restore it"
+    ),
+    "run of the evidence gone": Change(lambda s: s.sql("DELETE FROM runs"), r"the run \w+ that holds its evidence does not exist any more"),
+    "experiment deleted": Change(
+        lambda s: s.sql("UPDATE experiments SET lifecycle_stage = 'deleted' WHERE name = 'colours'"), r"the run \w+ that holds its evidence was deleted; restore it"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_in_the_database_is_said_before_anything_runs(store: Store, what: str) -> None:
+    change = CHANGES[what]
+    change.make(store)
+    assert re.search(change.said, refused())
+    verified = agentkit("verify", "colours@production")
+    assert (verified.code, bool(re.search(change.said, text_of(verified.out)))) == (3, True), verified
+    assert "not as signed" in verified.out
+    fresh(store)
+    message = change.said_fresh or change.said
+    assert re.search(message, refused())
+    verified = agentkit("verify", "colours@production")
+    assert re.search(message, text_of(verified.out + verified.err))
+    assert verified.code == (3 if verified.out else 2)  # 2: nothing here says that there ever was such a system
+    assert not executed()
+
+
+def text_of(table: str) -> str:
+    """What a table says, cells that were broken into lines put together again."""
+    return re.sub(r"\s+", " ", re.sub(r"[│┃]", " ", table))
+
+
+def test_what_was_left_alone_is_loaded_and_executed(store: Store) -> None:
+    assert loads() == registry.resolve("colours/2").release_id
+    fresh(store)
+    assert loads() == registry.resolve("colours/2").release_id
+    said = agentkit("verify", "colours@production")
+    assert (said.code, "signed and whole" in said.out) == (0, True)
+
+
+def test_an_alias_put_back_to_the_version_before_changes_nothing_but_is_warned_of(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a move that was cut off between entry and alias."""
+    alias(store, "production", 1)
+    assert loads() == registry.resolve("colours/2").release_id
+    assert "the alias points to version 1, the signed history says version 2, which holds" in caplog.text
+    said = agentkit("verify", "colours@production")
+    assert (said.code, "signed and whole, with remarks" in said.out) == (0, True)
+    assert loading.resolve("colours@production").number == 2
+    assert agentkit("doctor", "--repair").code in (0, 1)
+    assert registry.look_up("colours").aliases == {"production": 2}
+
+
+def test_a_prompts_alias_is_for_others_to_see_and_is_told_apart(store: Store) -> None:
+    alias(store, "production", 3, model="colours.program")
+    assert loads() == registry.resolve("colours/2").release_id
+    said = agentkit("verify", "colours@production")
+    assert (said.code, "colours.program@production is version 3, should be 2" in text_of(said.out)) == (0, True)
+    assert "1 prompt aliases differ from production" in agentkit("doctor").out
+    agentkit("doctor", "--repair")
+    assert connect().get_prompt_version_by_alias("colours.program", "production").version == 2
+
+
+def test_a_look_alike_of_production_is_production(store: Store) -> None:
+    """`colours@Production` is nobody's way round the signature."""
+    alias(store, "Production", 3)
+    assert "the alias 'Production' was set without evidence" in refused("colours@Production")
+    assert "the alias 'Production' was set without evidence" in refused("colours@PRODUCTION")
+    with pytest.raises(TrustError):
+        loading.resolve("colours@Production")
+    alias(store, "Production", None)
+    assert loads("colours@Production") == registry.resolve("colours/2").release_id
+
+
+def test_a_process_that_follows_stops_at_what_was_not_signed(store: Store) -> None:
+    following = loading.follow("colours@production", reload_s=0)
+    assert executed()
+    assert following.run(text="lava").release == registry.resolve("colours/2").release_id
+    alias(store, "production", 3)
+    with pytest.raises(TrustError, match="the alias points to version 3"):
+        following.run(text="lava")
+    alias(store, "production", 2)
+    assert following.run(text="lava").release == registry.resolve("colours/2").release_id
+    assert not executed()
+
+
+def test_the_command_line_refuses_with_one_line(store: Store) -> None:
+    alias(store, "production", 3)
+    for command in (("run", "colours@production", "lava"), ("run", "colours", "lava"), ("show", "colours@production")):
+        said = agentkit(*command)
+        assert (said.code, said.out, said.err.count("\n")) == (1, "", 1)
+        assert "agentkit: colours@production is refused: the alias points to version 3" in said.err
+    assert not executed()
+
+
+def test_what_a_fresh_machine_cannot_know(store: Store) -> None:
+    """Who can write to the database can put back an older state that was signed; only who saw the newer notices."""
+    history(store, 2, None)
+    alias(store, "production", 1)
+    assert SEEN2 in refused()
+    fresh(store)
+    assert loads() == registry.resolve("colours/1").release_id
+
+
+# ---- on disk
+
+
+def artifacts(version: int) -> Path:
+    location = connect().get_logged_model(str(registry.resolve(f"colours/{version}").model_id)).artifact_location
+    return Path(location.removeprefix("file://"))
+
+
+def take_the_files_of_3(folder: Path) -> None:
+    shutil.rmtree(folder)
+    shutil.copytree(artifacts(3), folder)
+
+
+def link_it(folder: Path) -> None:
+    source = folder / "source" / "colours.py"
+    source.rename(folder.parent / "elsewhere.py")
+    source.symlink_to(folder.parent / "elsewhere.py")
+
+
+def add_bytecode(folder: Path) -> None:
+    (folder / "source" / "__pycache__").mkdir()
+    (folder / "source" / "__pycache__" / "colours.cpython-311.pyc").write_bytes(b"")
+
+
+def rehash(folder: Path) -> None:
+    """Change the source and let the manifest say so."""
+    source, manifest = folder / "source" / "colours.py", folder / "manifest.json"
+    source.write_text(source.read_text() + "# altered\n")
+    said = json.loads(manifest.read_text())
+    said["files"]["colours.py"] = registry_hash(source.read_text())
+    manifest.write_text(json.dumps(said))
+
+
+FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "source altered": (lambda f: append(f / "source" / "colours.py", "#"), r"is not intact: altered: source/colours\.py"),
+    "source missing": (lambda f: (f / "source" / "colours.py").unlink(), r"is not intact: missing: source/colours\.py"),
+    "a file more": (lambda f: (f / "source" / "dspy.py").write_text("1/0"), r"is not intact: not in the manifest: source/dspy\.py"),
+    "bytecode": (add_bytecode, "is not intact: not in the manifest: source/__pycache__"),
+    "a link": (link_it, "altered: source/colours.py|cannot be fetched"),
+    "manifest altered": (rehash, r"the manifest in .* has hash \w+, expected \w+: it was altered"),
+    "manifest missing": (lambda f: (f / "manifest.json").unlink(), r"is no release: manifest\.json cannot be read"),
+    "another release": (take_the_files_of_3, r"the manifest in .* has hash \w+, expected \w+: it was altered"),
+    "nothing": (shutil.rmtree, r"the store's copy of colours/2 is no release|cannot be fetched"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_change_of_the_stored_files_is_said_before_anything_runs(store: Store, what: str) -> None:
+    change, message = FILES[what]
+    change(artifacts(2))
+    assert loads() == registry.resolve("colours/2").release_id  # fetched before it was changed
+    said = agentkit("verify", "colours@production")
+    assert said.code == 3, said.err
+    executed()
+    fresh(store)
+    text = refused()
+    said = agentkit("verify", "colours@production")
+    if what == "a link":  # may be followed when it is copied: the same bytes
+        return
+    assert re.search(message, text)
+    assert (said.code, bool(re.search(message, text_of(said.out)))) == (3, True)
+
+
+def test_a_version_that_points_to_the_files_of_another_is_refused(store: Store) -> None:
+    [(source,)] = store.sql("SELECT source FROM model_versions WHERE name = 'colours' AND version = 3")
+    [(place,)] = store.sql("SELECT storage_location FROM model_versions WHERE name = 'colours' AND version = 3")
+    store.sql(
+        "UPDATE model_versions SET source = ?, storage_location = ? WHERE name = 'colours' AND version = 2",
+        source,
+        place,
+    )
+    assert agentkit("verify", "colours@production").code == 3
+    fresh(store)
+    assert "it was altered" in refused()
+
+
+def test_a_damaged_local_copy_is_put_aside_and_fetched_anew(store: Store) -> None:
+    version = registry.resolve("colours/2")
+    source = store.home / "releases" / version.release_id / "source" / "colours.py"
+    source.write_text("raise SystemExit('taken over')")
+    assert loads() == version.release_id
+    assert "taken over" not in source.read_text()
+
+
+# ---- keys
+
+
+def test_production_is_refused_where_its_signer_is_not_trusted(store: Store) -> None:
+    (store.home / "trust.json").unlink()
+    assert "which is not trusted here" in refused()
+    assert "which is not trusted here" in refused(trust=True)  # production is never taken on trust
+    trust = store.home / "trust.json"
+    trust.write_text("{")
+    with pytest.raises(UsageError, match=re.escape(str(trust))):
+        loading.load("colours@production")
+    assert not executed()
+
+
+def test_what_a_retired_key_promoted_stays_and_what_it_signs_later_is_refused(store: Store) -> None:
+    old = keys.signing_key()
+    keys.rotate()
+    assert loads() == registry.resolve("colours/2").release_id
+    done = store.promote("colours/3")
+    assert loads() == done.version.release_id
+    assert "Ada" in agentkit("history", "colours").out
+    found = production.history_of("colours")
+    made, text = histories.next_entry(
+        found, "rolled_back", old, version=2, release=registry.resolve("colours/2").release_id,
+        prompts=found.entries[1].move.prompts, evidence=found.entries[1].move.evidence, why="with the old key",
+    )  # fmt: skip
+    put(store, made, text, version=None)
+    alias(store, "production", 2)
+    assert re.search(r"signed with key \w+ \(Ada\) after it had retired", refused())
+
+
+def test_what_a_revoked_key_promoted_is_refused_until_it_is_promoted_again(store: Store) -> None:
+    old = keys.signing_key().public
+    keys.revoke(old.id, "laptop stolen")
+    assert re.search(rf"signed with key {old.id} \(Ada\), revoked .*: laptop stolen", refused())
+    said = agentkit("verify", "colours@production")
+    assert (said.code, "laptop stolen" in said.out) == (3, True)
+    with pytest.raises(ReleaseError, match="revoked"):
+        promotion.rollback("colours", why="x", say=print) if keys.rotate() else None
+    store.promote("colours/2", why="signed anew")
+    assert loads() == registry.resolve("colours/2").release_id
+    found = production.history_of("colours")
+    assert [(e.move.version, e.genuine) for e in found.entries] == [(1, True), (2, True), (2, True)]
+    assert found.earlier() == [1]
+    with pytest.raises(TrustError, match=r"the promotion it restores does not count: signed with key .*laptop stolen"):
+        promotion.rollback("colours", why="what it promoted before")
+    assert loading.resolve("colours@production").number == 2
+
+
+def test_a_local_key_is_named_as_one_wherever_it_signed(store: Store) -> None:
+    assert keys.signing_key().public.local
+    for command in ("verify", "history"):
+        assert "Ada (local key)" in text_of(
+            agentkit(command, "colours" if command == "history" else "colours@production").out
+        )
+    assert "by Ada (local key)" in connect().get_registered_model("colours").description
+
+
+# ---- what somebody without a key can make others sign
+
+
+def test_a_forged_past_brings_nothing_into_production_by_a_rollback(store: Store) -> None:
+    """Two forged entries later version 2 is in production as before, and 3 seems to have been; load refuses both."""
+    by_a_stranger(store, 3)
+    by_a_stranger(store, 2)
+    assert "which is not trusted here" in refused()
+    assert promotion.rollback("colours", why="refused, so back")[1].number == 2
+    assert loads() == registry.resolve("colours/2").release_id
+    assert promotion.rollback("colours", why="and back")[1].number == 1
+    assert loads() == registry.resolve("colours/1").release_id
+
+
+def test_nothing_is_compared_with_what_a_forged_entry_says_is_in_production(store: Store) -> None:
+    """Else whoever writes to the database would choose how bad the version is that a new one has to beat."""
+    by_a_stranger(store, 3)
+    with pytest.raises(
+        TrustError, match=r"the last entry of the history of colours is forged: signed with key .*rollback"
+    ):
+        store.evaluate("colours/1")
+    promotion.rollback("colours", why="forged")
+    assert store.evaluate("colours/1").production == registry.resolve("colours/2")
+
+
+def test_a_first_promotion_that_is_forged_can_be_withdrawn(store: Store) -> None:
+    for n in (1, 2):
+        history(store, n, None)
+    fresh(store)
+    forged = EVE.public.model_copy(update={"owner": "Ada"})  # whatever it calls itself
+    tags_of_1 = (tag(store, "agentkit.release_id", 1), registry_hash(tag(store, "agentkit.prompts", 1)))
+    made, text = histories.next_entry(
+        histories.History("colours"), "promoted", SigningKey(EVE.private, forged), version=1, release=tags_of_1[0],
+        prompts=tags_of_1[1], evidence=Evidence.model_validate({**json.loads(EVIDENCE_OF_NOTHING)}), why="x",
+    )  # fmt: skip
+    put(store, made, text, version=None)
+    alias(store, "production", 1)
+    assert "which is not trusted here" in refused()
+    keys.create("Ada")
+    promotion.withdraw("colours", why="forged")
+    assert "withdrawn version 1 by Ada" in refused()
+    store.promote("colours/2")
+    assert loads() == registry.resolve("colours/2").release_id
+    with pytest.raises(UnknownReference, match="nothing to go back to"):
+        promotion.rollback("colours", why="x")
+
+
+EVIDENCE_OF_NOTHING = json.dumps(
+    {"verdict": "pass", "run": "0" * 32, "compared_with": None}
+    | dict.fromkeys(("sha256", "verdict_file", "results", "notebook", "thresholds", "golden"), "0" * 64)
+)
+
+
+# ---- other references
+
+
+def test_the_projects_own_store_needs_no_signature_but_for_production(store: Store) -> None:
+    put(store, "agentkit.registration", None, 3)
+    assert loads("colours/3") == registry.resolve("colours/3").release_id
+    alias(store, "candidate", 3)
+    assert loads("colours@candidate") == registry.resolve("colours/3").release_id
+    shutil.rmtree(store.home / "releases", ignore_errors=True)
+    append(artifacts(3) / "source" / "colours.py", "#")
+    assert "is not intact" in refused("colours/3")
+    assert "is not intact" in refused("colours/3", trust=True)  # trust is no leave to alter
+
+
+@pytest.fixture
+def another(store: Store, tmp_path: Path) -> Iterator[Store]:
+    """Somebody else's machine, on which that store is a foreign one."""
+    marker = os.environ["MARKER"]
+    with as_user(tmp_path / "another", "Bob", MLFLOW_TRACKING_URI=f"sqlite:///{store.database}", MARKER=marker):
+        yield store
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def trust_ada(store: Store) -> keys.TrustedKey:
+    [ada] = Trust.model_validate_json((store.home / "trust.json").read_bytes()).keys
+    return keys.trust_key(ada.pem.encode(), "Ada of sales")
+
+
+def test_anothers_release_is_run_on_trust_or_if_somebody_trusted_registered_it(another: Store) -> None:
+    text = refused("colours/3")
+    assert re.search(
+        r"colours/3 is not in production, and nobody trusted here vouches for it: its registration was signed with key \w+, which is not trusted here",
+        text,
+    )
+    assert loads("colours/3", trust=True)
+    trust_ada(another)
+    assert loads("colours/3")
+    put(another, "agentkit.registration", tag(another, "agentkit.registration", 2), 3)
+    assert "its registration was signed for another release" in refused("colours/3")
+    put(another, "agentkit.registration", "Ada", 3)
+    assert "its registration was a signed statement (Registration) cannot be read" in refused("colours/3")
+    put(another, "agentkit.registration", None, 3)
+    assert "its registration is not signed" in refused("colours/3")
+    for command in (("run", "colours/3", "lava"), ("evaluate", "colours/3", "--golden", str(another.golden))):
+        said = agentkit(*command)
+        assert (said.code, "pass trust=True (--trust)" in said.err) == (1, True)
+    assert not executed()
+    assert agentkit("run", "colours/3", "lava", "--trust").code == 0
+    assert executed()
+
+
+def test_a_revoked_registration_vouches_for_nothing(another: Store) -> None:
+    keys.revoke(trust_ada(another).id, "left")
+    assert re.search(
+        r"its registration was signed with key \w+ \(Ada of sales\), revoked .*: left", refused("colours/3")
+    )
+
+
+def test_anothers_production_needs_the_signers_key_and_nothing_else(another: Store) -> None:
+    assert "which is not trusted here" in refused(trust=True)
+    trust_ada(another)
+    assert loads() == registry.resolve("colours/2").release_id
+    with pytest.raises(UsageError, match="you need a key"):
+        promotion.rollback("colours", why="no key of mine")
+
+
+def test_a_release_folder_is_run_where_it_belongs_to_the_project(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = loading.fetch("colours/3")[0]
+    assert loads(folder)
+    elsewhere, inside = tmp_path / "elsewhere" / "x", tmp_path / "project" / "x"
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "pyproject.toml").touch()
+    for target in (elsewhere, inside):
+        shutil.copytree(folder, target)
+    monkeypatch.chdir(tmp_path / "project")
+    assert loads(inside)
+    assert f"{elsewhere} lies outside this project; nobody vouches for it" in refused(elsewhere)
+    assert "lies outside this project" in refused(str(elsewhere))
+    (tmp_path / "project" / "link").symlink_to(elsewhere)
+    assert "lies outside this project" in refused(tmp_path / "project" / "link")
+    assert loads(elsewhere, trust=True)
+    monkeypatch.chdir(elsewhere.parent)  # where a shell stands makes nothing a project
+    assert "lies outside this project" in refused(elsewhere)
+    append(elsewhere / "source" / "colours.py", "#")
+    assert "is not intact" in refused(elsewhere, trust=True)
+
+
+# ---- what the trust file may ask for
+
+
+def another_key(store: Store, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
+    """From now on somebody else signs here."""
+    monkeypatch.setenv("AGENTKIT_SIGNING_KEY_FILE", str(store.home / f"{owner}.pem"))
+    keys.create(owner)
+
+
+def test_who_promotes_must_not_have_registered_where_that_is_asked_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusting(store, separate_approver=True)
+    assert "Ada registered and promoted it; separate_approver asks for two people" in refused()
+    for owner in (None, "ADA"):  # neither alone nor with a second key of the same person
+        if owner:
+            another_key(store, monkeypatch, owner)
+        with pytest.raises(TrustError, match="colours/3 cannot be promoted: Ada registered and promoted it"):
+            store.promote("colours/3")
+    another_key(store, monkeypatch, "Bob")
+    store.promote("colours/3")
+    assert loads() == registry.resolve("colours/3").release_id
+    with pytest.raises(TrustError, match="Ada registered and promoted it"):  # nor does a rollback make it two
+        promotion.rollback("colours", why="x")
+    put(store, "agentkit.registration", None, 3)
+    assert "nobody signed its registration, so author and approver cannot be told apart" in refused()
+    eve = Registration.model_validate(
+        json.loads(base64.b64decode(json.loads(tag(store, "agentkit.registration"))["payload"]))["predicate"]
+    )
+    put(
+        store,
+        "agentkit.registration",
+        sign(eve.model_copy(update={"release": tag(store, "agentkit.release_id", 3)}), EVE),
+        3,
+    )
+    assert "its registration: signed with key" in refused()
+    put(store, "agentkit.registration", tag(store, "agentkit.registration", 2), 3)
+    assert "its registration was signed for another release" in refused()
+
+
+def test_a_version_that_nobody_signed_for_is_approved_by_nobody_under_that_rule(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusting(store, separate_approver=True)
+    put(store, "agentkit.registration", None, 3)
+    another_key(store, monkeypatch, "Bob")
+    with pytest.raises(TrustError, match="nobody signed its registration"):
+        store.promote("colours/3")
+    assert production.history_of("colours").production == 2
+
+
+def test_only_accepted_thresholds_and_golden_sets_count(store: Store) -> None:
+    from agentkit.examples import sha256_of
+
+    right = {"thresholds": [sha256_of(store.thresholds)], "golden": ["0" * 64, sha256_of(store.golden)]}
+    trusting(store, systems={"colours": right})
+    assert loads()
+    trusting(store, systems={"colours": {**right, "golden": ["0" * 64]}})
+    assert re.search(r"its golden set \(SHA-256 \w{12}\) is none that trust\.json accepts for colours", refused())
+    with pytest.raises(TrustError, match=r"colours/3 cannot be promoted: its golden set"):
+        store.promote("colours/3")
+    trusting(store, systems={"colours": right})
+    store.thresholds.write_text(store.thresholds.read_text().replace("0.75", "0.01"))
+    with pytest.raises(TrustError, match=r"colours/3 cannot be promoted: its thresholds file"):
+        store.promote("colours/3")
+    assert loads() == registry.resolve("colours/2").release_id
