@@ -36,11 +36,16 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "AGENTKIT_LM",
         "MLFLOW_TRACKING_URI",
         "AGENTKIT_AUTHOR",
+        "AGENTKIT_SIGNING_KEY",
+        "AGENTKIT_SIGNING_KEY_FILE",
+        "AGENTKIT_TRUST",
         *(n for n in os.environ if n.endswith("_API_KEY")),
     ):
         monkeypatch.delenv(name, raising=False)
     yield home
-    from agentkit_tracking import runlog
+    from agentkit_tracking import keys, runlog
+
+    keys._taken.clear()
 
     for log in runlog._logs.values():
         log.close()

@@ -252,6 +252,11 @@ def test_only_the_search_itself_is_a_read(served: Served) -> None:
     assert served.ask("DELETE", "/api/3.0/mlflow/datasets/search", json.dumps([RUN]).encode()) == 403
 
 
+def test_methods_are_read_without_their_case_as_flask_reads_them(served: Served) -> None:
+    assert served.ask("delete", "/api/2.0/mlflow-artifacts/artifacts/2") == 403
+    assert served.ask("get", f"/api/2.0/mlflow-artifacts/artifacts/1/{RUN}") == 200
+
+
 @pytest.mark.parametrize("folder", ["", "/", ".", "my place", "my%20place", "MY PLACE/", "my%2520place/./1//", "my place/1",
                                     "srv", "2", "2/models", "x/../2", "artifacts/2", "my\t place"])  # fmt: skip
 def test_a_folder_that_holds_something_sealed_is_not_deleted(served: Served, folder: str) -> None:
@@ -337,7 +342,7 @@ class Sealed:
         self.experiment = client.create_experiment("desk")
         self.run = self._run({"agentkit.kind": "evaluation", "a": "b"}, "FINISHED")
         self.open = self._run({"agentkit.kind": "evaluation"}, "RUNNING")
-        self.other = self._run({"a": "b"}, "FINISHED")
+        self.other = self._run({"agentkit.kind": "batch"}, "FINISHED")
         self.model = self._model("agentkit-release", "READY")
         self.draft = self._model("agentkit-release", None)
         self.foreign = self._model("agent", "READY")
@@ -481,7 +486,7 @@ def test_no_spelling_of_a_request_changes_what_is_sealed(
 @pytest.mark.parametrize("which", ["open", "other"])
 def test_runs_that_are_no_ended_evaluation_are_free(handled: Sealed, which: str) -> None:
     run = getattr(handled, which)
-    for path, body in [
+    changes: list[tuple[str, dict[str, Any]]] = [
         ("set-tag", {"key": "x", "value": handled.run}),
         ("log-parameter", {"key": "x", "value": "1"}),
         ("log-metric", {"key": "x", "value": 1, "timestamp": 1, "model_id": handled.model}),
@@ -492,19 +497,27 @@ def test_runs_that_are_no_ended_evaluation_are_free(handled: Sealed, which: str)
         ("delete-tag", {"key": "x"}),
         ("delete", {}),
         ("restore", {}),
-    ]:
+    ]
+    for path, body in changes:
         status, said = post("POST", f"/api/2.0/mlflow/runs/{path}", json.dumps({"run_id": run, **body}).encode())
         assert status == 200, (path, said)
 
 
 def test_an_evaluation_cannot_lose_the_mark_by_which_it_will_be_sealed(handled: Sealed) -> None:
     mark = {"key": "agentkit.kind", "value": "other"}
-    for path, body in [("delete-tag", {"key": mark["key"]}), ("set-tag", mark), ("log-batch", {"tags": [mark]})]:
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("delete-tag", {"key": mark["key"]}),
+        ("set-tag", mark),
+        ("log-batch", {"tags": [mark]}),
+    ]
+    for path, body in changes:
         status, said = post(
             "POST", f"/api/2.0/mlflow/runs/{path}", json.dumps({"run_id": handled.open, **body}).encode()
         )
         assert status == 403, said
     assert handled.client.get_run(handled.open).data.tags["agentkit.kind"] == "evaluation"
+    body = {"run_id": handled.open, "key": "x", "value": "free still"}
+    assert post("POST", "/api/2.0/mlflow/runs/set-tag", json.dumps(body).encode())[0] == 200
 
 
 @pytest.mark.parametrize("which", ["draft", "foreign"])
@@ -542,6 +555,16 @@ def test_a_job_that_was_queued_in_time_cannot_delete_the_run_later(handled: Seal
 
     with pytest.raises(MlflowException, match="agentkit protects"):
         handlers._get_tracking_store().delete_run(handled.run)
+
+
+def test_the_server_notes_on_a_sealed_model_which_versions_it_became(handled: Sealed) -> None:
+    from mlflow.server import handlers
+
+    store = handlers._get_tracking_store()
+    for version in (1, 2, 2):
+        store.set_model_versions_tags("desk", version, handled.model)
+    noted = json.loads(store.get_logged_model(handled.model).tags["mlflow.modelVersions"])
+    assert noted == [{"name": "desk", "version": 1}, {"name": "desk", "version": 2}]
 
 
 def test_which_methods_are_guarded_is_known() -> None:

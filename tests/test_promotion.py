@@ -510,7 +510,7 @@ from releases import finished
 home, evaluated, out, action = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 if sys.argv[5] == "plain":
     agentkit_tracking.home.registry_uri = agentkit_tracking.home.tracking_uri
-WRITES = ("set_model_version_tag", "update_model_version", "set_registered_model_tag", "set_registered_model_alias",
+WRITES = ("set_model_version_tag", "update_model_version", "update_registered_model", "set_registered_model_tag", "set_registered_model_alias",
           "delete_registered_model_alias", "set_prompt_alias", "delete_prompt_alias")
 seen = []
 

@@ -92,6 +92,18 @@ def test_prompts_become_prompt_versions_and_unchanged_ones_keep_theirs(project: 
     assert sorted((p["name"], p["version"]) for p in linked) == [("colours.first", "1"), ("colours.second", "2")]
 
 
+def test_a_prompt_with_demonstrations_reads_the_same_live_and_from_the_release(colours: Path) -> None:
+    entry = parse_entry(colours)
+    system = load_entry(entry)
+    [(_, predictor)] = system.named_predictors()
+    predictor.demos = [
+        {"text": "lava", "label": "warm", "confidence": 1.0},
+        {"text": "ice", "confidence": 1.0, "label": "cold"},
+    ]
+    put_in_production(registry.store(system, entry))
+    assert loading.load("colours@production").run(text="lava").state == "DONE"
+
+
 def test_a_very_long_prompt_is_cut_for_the_reader_and_whole_in_the_release(colours: Path) -> None:
     system = load_entry(parse_entry(colours))
     system.program.demos = [dspy.Example(text="lava " * 30_000, label="warm", confidence=1.0)]

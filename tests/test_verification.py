@@ -366,14 +366,7 @@ def test_a_forged_entry_in_the_past_is_remarked(store: Store) -> None:
 def test_the_history_is_a_table_with_what_was_signed(store: Store) -> None:
     promotion.rollback("colours", why="it was rude")
     out = text_of(agentkit("history", "colours").out)
-    for part in (
-        "promoted colours/1",
-        "promoted colours/2",
-        "rolled back to colours/1",
-        "it was rude",
-        "now",
-        "(local key)",
-    ):
+    for part in ("promoted", "colours/1", "colours/2", "rolled back", "it was rude", "now", "(local key)"):
         assert part in out
     assert history_of("colours").entries[0].move.evidence.sha256[:12] in out
 
@@ -400,7 +393,7 @@ def test_the_recorded_results_give_the_recorded_verdict(store: Store) -> None:
 
 def test_recorded_results_that_were_changed_are_not_judged(store: Store) -> None:
     path = evidence_folder(2) / "results.parquet"
-    pl.read_parquet(path).with_columns(success=pl.lit(True)).write_parquet(path)
+    pl.read_parquet(path).with_columns(success=pl.lit(False)).write_parquet(path)
     said = agentkit("reproduce", "colours/2", "--recorded-only")
     assert said.code == 1
     assert (
@@ -450,6 +443,6 @@ def test_another_golden_set_or_no_evidence_is_said_before_anything_runs(store: S
 def test_it_is_done_again_in_a_kernel(store: Store) -> None:
     said = agentkit("reproduce", "colours@production", "--golden", str(store.golden))
     assert said.code == 0, said.err
-    assert "the same output in 100.0% of the runs, the same success in 100.0%" in said.out
+    assert "the same output in 100.0% of the runs, the same success in 100.0%" in text_of(said.out)
     assert download(history_of("colours").entries[1].move.evidence.run).is_dir()
     assert tag(store, "agentkit.last_verdict") == "pass"

@@ -64,6 +64,7 @@ def is_gone(process: psutil.Process, within_s: float = 10) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_each_notebook_has_a_warm_kernel_of_its_own_whatever_the_one_before_did(tmp_path: Path) -> None:
     with WarmKernels():
         (first,) = kernels_of(os.getpid())

@@ -37,7 +37,8 @@ class Rounds:
         self.error: Exception | None = None
         self.tried: list[int] = []  # rounds, from 0
         self.said: list[str] = []
-        monkeypatch.setattr(watching, "WarmKernels", contextlib.nullcontext)
+        self.served = 0  # notebooks
+        monkeypatch.setattr(watching, "WarmKernels", lambda: contextlib.nullcontext(self))
         monkeypatch.setattr(watching, "candidates", self._look)
         monkeypatch.setattr(watching, "current", lambda _: self.production)
 
@@ -100,13 +101,31 @@ def test_what_is_news_again_is_said_again(rounds: Rounds) -> None:
     assert rounds.said[1:-1] == ["already judged", "promoted", "already judged"]
 
 
-def test_watching_one_reference_is_wrong_use(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_told_to_stop_it_gives_up_an_evaluation_but_finishes_what_it_writes(rounds: Rounds) -> None:
+    done = []
+
+    def promote(*_: object) -> None:
+        rounds.served += len(done)  # in the second game the evaluation has ended
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("written")
+
+    rounds(nothing, nothing, promote=promote)
+    assert (done, rounds.said[-1]) == ([], "stopped")
+    done.append("evaluated")
+    rounds(nothing, nothing, promote=promote)
+    assert (done, rounds.said[-1]) == (["evaluated", "written"], "stopped")
+
+
+def test_watching_one_reference_is_wrong_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["agentkit", "promote", "colours", "--watch", "5"])
     with pytest.raises(SystemExit, match="2"):
         cli.main()
     assert "give --candidates, too" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_promotes_what_is_asked_for_and_ends_clean_on_sigterm(store: Path, project: Path) -> None:  # noqa: F811
     (project / "thresholds").mkdir()
     (project / "thresholds" / "colours.yaml").write_text(THRESHOLDS)
@@ -132,12 +151,12 @@ def test_the_command_promotes_what_is_asked_for_and_ends_clean_on_sigterm(store:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as runner:
         assert runner.stdout.readline().startswith("looking for the alias `candidate` every 1 s")
         connect().set_registered_model_alias("colours", "candidate", "1")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while current("colours") is None and time.monotonic() < deadline and runner.poll() is None:
             time.sleep(0.2)
         kernels = psutil.Process(runner.pid).children()
         runner.send_signal(signal.SIGTERM)
-        out, err = runner.communicate(timeout=30)
+        out, err = runner.communicate(timeout=60)
     assert (runner.returncode, out.splitlines()[-1]) == (0, "stopped"), err
     assert "colours/1 is now colours@production" in out
     assert kernels

@@ -52,6 +52,11 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("stopped")
         sys.exit(130)
+    except Exception as e:
+        if getattr(e, "error_code", "") != "PERMISSION_DENIED":
+            raise
+        _fail(f"the server refused: {e}")  # mlflow's, which is not imported for this
+        sys.exit(CRASH)
 
 
 def _exit_code(error: AgentkitError) -> int:
@@ -178,16 +183,19 @@ def promote(
     seed: Seed = 0,
     workers: Workers = None,
     max_usd: MaxUsd = None,
+    trust: Trusted = False,
 ) -> None:
     """Evaluate, judge, and on the verdict `pass` set `production`. Exit code 3: failed, 4: inconclusive."""
     from agentkit_pipelines import promotion
 
     if (reference is None) == (not candidates):
         raise UsageError("give a reference or --candidates, one of them")
+    if trust and candidates:
+        raise UsageError("--trust is for a version that you name; anybody may set the alias `candidate`")
     if watch is not None:
         if not candidates:
             raise UsageError("--watch looks for candidates; give --candidates, too")
-        _keep_promoting(watch, golden, thresholds, repeats, seed, workers, max_usd)
+        _keep_promoting(watch, golden, thresholds, repeats, seed, workers, max_usd, False)
         return
     chosen = [str(v) for v in promotion.candidates()] if candidates else [str(reference)]
     if not chosen:
@@ -195,7 +203,9 @@ def promote(
     codes = []
     for one in chosen:
         try:
-            codes.append(_promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd, say=_say))
+            codes.append(
+                _promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd, trust, say=_say)
+            )
         except AgentkitError as e:
             if not candidates:
                 raise
@@ -222,8 +232,8 @@ def _promote(
 ) -> int:
     from agentkit_pipelines import evidence, promotion
 
-    seed, workers, max_usd = rest
-    plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd)
+    seed, workers, max_usd, trust = rest
+    plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd, trust=trust)
     plan = _with_thresholds(plan, thresholds)
     if asked and (verdict := evidence.judged_alike(plan)):
         say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
@@ -232,7 +242,7 @@ def _promote(
         done = promotion.promote(plan, progress=progress, say=_say)
     terminal.show_verdict(done)
     assert done.verdict is not None
-    return {"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[done.verdict.verdict]
+    return _exit_code_of(done.verdict.verdict)
 
 
 def _with_thresholds(plan: Plan, given: Path | None) -> Plan:

@@ -35,6 +35,14 @@ from agentkit_tracking.statements import Evaluation as SignedEvaluation
 from agentkit_tracking.statements import Evidence, sign, signer
 
 Say = Callable[[str], None]
+_FIRST_THRESHOLDS = """\
+system: {}
+confidence: 0.95 # one-sided
+rules:
+  - {{metric: success, at_least: 0.75}} # of all runs
+  - {{metric: success, margin: 0.1, versus: production}} # so much worse it may be, once there is a production
+  - {{metric: task_failure, at_most: 0.1}}
+"""
 _RELEASE = "### Release "
 RESULTS, PRODUCTION_RESULTS, VERDICT_FILE, SETTINGS = (
     "results.parquet",
@@ -75,19 +83,22 @@ class Evaluation:
 
 
 def find_golden(system: str, given: Path | None = None) -> Path:
-    """The golden set: the file given, else `data/<system>/golden.jsonl`, else the only `data/*/golden.jsonl`.
+    """The golden set: the file given, else `data/<system>/golden.jsonl`, else the only `golden.jsonl` of the project.
 
     Raises:
         UsageError: there is none, or more than one.
     """
     if given is not None:
         return given
-    data = project_root() / "data"
-    if (own := data / system / "golden.jsonl").is_file():
+    root = project_root()
+    if (own := root / "data" / system / "golden.jsonl").is_file():
         return own
-    found = sorted(data.glob("*/golden.jsonl"))
+    found = sorted([*root.glob("golden.jsonl"), *root.glob("data/*/golden.jsonl")])
     if len(found) != 1:
-        raise UsageError(f"{len(found)} golden sets below {data}; name one with --golden FILE.jsonl")
+        raise UsageError(
+            f"{len(found) or 'no'} golden sets: expected {own}, or one golden.jsonl in {root} or below its data; name "
+            "one with --golden FILE.jsonl"
+        )
     return found[0]
 
 
@@ -95,7 +106,7 @@ def find_thresholds(system: str, given: Path | None = None) -> Path:
     """The thresholds file: the one given, else `thresholds/<system>.yaml` in the project or beside this module.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none; holds a file to begin with.
     """
     places = (
         [given] if given else [f / "thresholds" / f"{system}.yaml" for f in (project_root(), Path(__file__).parent)]
@@ -103,7 +114,10 @@ def find_thresholds(system: str, given: Path | None = None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UsageError(f"no thresholds for {system}: expected {' or '.join(map(str, places))}; see pipelines/README.md")
+    raise UsageError(
+        f"no thresholds for {system}: expected {places[0]}. What must a version prove before it is promoted? Set your own "
+        f"limits before you look at the golden set's figures; a file to begin with:\n\n{_FIRST_THRESHOLDS.format(system)}"
+    )
 
 
 # ---- evaluate
@@ -137,7 +151,7 @@ def evaluate(
     production = current(plan.version.name)
     compared = production if production is not None and production.release_id != plan.version.release_id else None
     if compared is not None:
-        _check_genuine(compared.name)
+        _check_genuine(compared)
     output = _output_folder(plan.version)
     shutil.copy(folder / MANIFEST, output)
     bar = shutil.copy(plan.thresholds, output / THRESHOLDS) if plan.thresholds else ""
@@ -189,13 +203,18 @@ def _check_metrics(thresholds: Thresholds | None, manifest: Manifest) -> None:
         raise UsageError(f"the thresholds name a metric {unknown[0]!r} that {manifest.system} does not have{hint}")
 
 
-def _check_genuine(name: str) -> None:
-    """Nothing is compared with what a forged entry put into production: who writes to the store would set the bar."""
-    head = history_of(name).head
+def _check_genuine(production: Version) -> None:
+    """Nothing is compared with what a forged entry or tag put into production: who writes the store would set the bar."""
+    name, head = production.name, history_of(production.name).head
     if head is not None and not head.genuine:
         raise TrustError(
             f"the last entry of the history of {name} is forged: {head.problem}. Go back to what was signed with "
             f"`agentkit rollback {name}`, or take it out with `agentkit withdraw {name}`"
+        )
+    if head is not None and head.move.release != production.release_id:
+        raise TrustError(
+            f"{production} says release {production.release_id[:12]}, signed was {head.move.release[:12]}; "
+            f"see `agentkit verify {name}@production`"
         )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentkit.errors import AgentkitError, UsageError
+from agentkit_tracking.keys import take_from_environment
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
 KERNEL = "python3"
@@ -81,6 +82,7 @@ def kernel_options() -> Iterator[dict[str, Any]]:
     """Talk to the kernel over Unix sockets in a folder of ours: TCP on loopback is open to every local user."""
     from traitlets.config import Config
 
+    take_from_environment()
     options: dict[str, Any] = {"extra_arguments": ["--IPKernelApp.log_level=50"]}  # its shutdown logs an error
     if os.name != "posix":
         yield options

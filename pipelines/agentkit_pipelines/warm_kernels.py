@@ -33,10 +33,11 @@ class WarmKernels:
 
     A kernel has the working directory and the environment variables of the moment it was started. When these are
     others now, or the kernel has died, the notebook gets a new one, which only takes longer. So does one that runs in
-    another thread.
+    another thread. `served` counts the notebooks that ended.
     """
 
     def __init__(self) -> None:
+        self.served = 0
         self._lock = threading.Lock()
         self._next: _Kernel | None = None
 
@@ -50,8 +51,8 @@ class WarmKernels:
         return self
 
     def __exit__(self, *_: object) -> None:
-        kernel_source.reset(self._before)
         self._replace(None)
+        kernel_source.reset(self._before)
 
     @contextmanager
     def _taken(self) -> Iterator[dict[str, Any]]:
@@ -64,6 +65,7 @@ class WarmKernels:
                 self._warm_next()
                 yield options
         finally:
+            self.served += 1
             if kernel is not None:
                 kernel.end()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,8 +20,9 @@ Promote = Callable[[str, Say], object]
 
 
 def keep_promoting(promote: Promote, every_s: float, say: Say) -> None:
-    """Look for candidates every `every_s` seconds; returns on SIGINT or SIGTERM, which leave no kernel behind.
+    """Look for candidates every `every_s` seconds; returns on SIGINT or SIGTERM, and leaves no kernel behind.
 
+    Then an evaluation under way is given up, while what is being written to the store is finished first.
     An evaluation that broke may have cost money: its version is tried again when its alias has been taken away and
     set anew, or production has changed, not before. What is said round after round is said once.
 
@@ -29,9 +30,9 @@ def keep_promoting(promote: Promote, every_s: float, say: Say) -> None:
         promote: evaluates, judges and promotes one reference, and says why if it need not.
     """
     news, broken = _News(say), dict[str, str]()  # version to the production it was to be compared with
-    with _until_stopped() as stopped, WarmKernels():
+    with WarmKernels() as kernels, _told_to_stop(kernels) as stop:
         say(f"looking for the alias `candidate` every {every_s:g} s; stop with Ctrl-C")
-        while not stopped.is_set():
+        while not stop.asked:
             try:
                 asked = candidates()
             except (AgentkitError, MlflowException) as e:
@@ -40,9 +41,10 @@ def keep_promoting(promote: Promote, every_s: float, say: Say) -> None:
                 for withdrawn in broken.keys() - {str(v) for v in asked}:
                     del broken[withdrawn]
                 for version in asked:
-                    _try(version, promote, broken, news)
+                    with stop.attempt():
+                        _try(version, promote, broken, news)
             news.end_round()
-            stopped.wait(every_s)
+            time.sleep(every_s)
     say("stopped")
 
 
@@ -75,18 +77,37 @@ class _News:
         self._before, self._now = self._now, set()
 
 
+class _Stop:
+    """The signal handler: interrupts at once, but for what follows on an evaluation; told twice, it interrupts that too."""
+
+    def __init__(self, kernels: WarmKernels) -> None:
+        self.asked = False
+        self._kernels = kernels
+        self._served: int | None = None  # notebooks, at the beginning of an attempt
+
+    def __call__(self, *_: object) -> None:
+        again, self.asked = self.asked, True
+        is_writing = self._served is not None and self._kernels.served > self._served
+        if again or not is_writing:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """An evaluation, and the writing after it, which is let finish."""
+        self._served = self._kernels.served
+        yield
+        self._served = None
+        if self.asked:
+            raise KeyboardInterrupt
+
+
 @contextmanager
-def _until_stopped() -> Iterator[threading.Event]:
-    """SIGTERM, which supervisors send, and Ctrl-C end the block at once; neither is a failure."""
-    stopped = threading.Event()
-
-    def stop(*_: object) -> None:
-        stopped.set()  # lest the exception is lost in a callback of a library
-        raise KeyboardInterrupt
-
+def _told_to_stop(kernels: WarmKernels) -> Iterator[_Stop]:
+    """For the time of the block, SIGTERM, which supervisors send, and Ctrl-C tell to stop; neither is a failure."""
+    stop = _Stop(kernels)
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stopped
+        yield stop
     except KeyboardInterrupt:
         pass
     finally:

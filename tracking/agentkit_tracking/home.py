@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -118,7 +119,7 @@ def _connect(uri: str, registry: str, folder: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
     from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
     for name in (
         "mlflow.store.db.utils",
@@ -128,8 +129,10 @@ def _connect(uri: str, registry: str, folder: str) -> MlflowClient:
     ):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        client = mlflow.MlflowClient(uri, registry)
-        client.search_experiments(max_results=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SADeprecationWarning)  # mlflow 3.17 with sqlalchemy 2.1
+            client = mlflow.MlflowClient(uri, registry)
+            client.search_experiments(max_results=1)
     except MlflowException as e:
         reason = str(e).splitlines()[0].rpartition("Caused by ")[2][:200]
         raise UsageError(

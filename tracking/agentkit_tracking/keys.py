@@ -175,7 +175,7 @@ def signing_key() -> SigningKey:
             return create(author(), local=True)
         raise UsageError(_needs_key())
     if key.public.revoked or key.public.retired:
-        how = _HOW_TO_GET if os.environ.get(KEY_ENV) else "make a new one with `agentkit keys rotate`"
+        how = _HOW_TO_GET if _pem() else "make a new one with `agentkit keys rotate`"
         raise UsageError(f"the signing key {key.public.id} is {key.public.status}; {how}")
     return key
 
@@ -183,8 +183,8 @@ def signing_key() -> SigningKey:
 def _own_key() -> SigningKey | None:
     """The key at hand, whatever its state."""
     path = key_path()
-    if os.environ.get(KEY_ENV):
-        private = _parse(os.fsencode(os.environ[KEY_ENV]), KEY_ENV)
+    if pem := _pem():
+        private = _parse(os.fsencode(pem), KEY_ENV)
     elif path.is_file():
         private = _read_private(path)
     elif os.environ.get(KEY_FILE_ENV):
@@ -198,6 +198,20 @@ def _own_key() -> SigningKey | None:
             "(`openssl pkey -pubout` prints the public key of a private one)"
         )
     return SigningKey(private, known)
+
+
+def take_from_environment() -> None:
+    """Keep the key of `AGENTKIT_SIGNING_KEY` in this process alone: kernels, which inherit the environment, execute what
+    a release holds."""
+    if pem := os.environ.pop(KEY_ENV, None):
+        _taken.append(pem)
+
+
+_taken: list[str] = []
+
+
+def _pem() -> str | None:
+    return os.environ.get(KEY_ENV) or (_taken[-1] if _taken else None)
 
 
 def _needs_key() -> str:
@@ -241,7 +255,7 @@ def rotate() -> tuple[TrustedKey, SigningKey]:
     Raises:
         UsageError: the key comes from the environment, or there is none.
     """
-    if os.environ.get(KEY_ENV):
+    if _pem():
         raise UsageError(f"the key comes from {KEY_ENV}; unset it, `agentkit keys init`, then put the new one there")
     with _locked_trust() as trust:
         if (own := _own_key()) is None:

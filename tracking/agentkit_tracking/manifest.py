@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agentkit.errors import ReleaseError
 from agentkit.models import load_settings, resolve_name
 from agentkit.systems import System
-from agentkit_tracking.source import Entry, collect_files
+from agentkit_tracking.source import Entry, collect_files, released_content
 
 MANIFEST, WEIGHTS, SOURCE = "manifest.json", "weights.safetensors", "source"
 LOCK = "requirements.lock"
@@ -85,11 +85,16 @@ def build(system: System, entry: Entry) -> tuple[Manifest, dict[str, Path], byte
         spec=system.spec(),
         prompts={name: _state(state) for name, state in system.prompts().items()},
         weights=None if weights is None else sha256(weights),
-        files={path: sha256(file.read_bytes()) for path, file in files.items()},
+        files={path: sha256(_content(path, file, str(entry))) for path, file in files.items()},
         lock=sha256(lock.read_bytes()) if lock.is_file() else None,
         packages=installed_packages(),
     )
     return manifest, files, weights
+
+
+def _content(path: str, file: Path, entry: str) -> bytes:
+    """What a release keeps of a file: all of it; of the notebook that defines the system what defines it."""
+    return released_content(file) if path == entry.rpartition(":")[0] else file.read_bytes()
 
 
 def is_secret(option: str) -> bool:
@@ -127,7 +132,7 @@ def write_release(folder: Path, manifest: Manifest, files: dict[str, Path], weig
     for path, file in files.items():
         target = folder / SOURCE / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
+        target.write_bytes(_content(path, file, manifest.entry))
     if weights is not None:
         (folder / WEIGHTS).write_bytes(weights)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def store(system: System, entry: Entry) -> Version:
     release_id = manifest.release_id
     client = connect()
     if (known := find_release(system.name, release_id)) is not None:
-        return known
+        return _vouched_for(known, manifest)
     metadata = _metadata(entry.root)
     if (signed := _signed_registration(manifest, metadata)) is not None:
         metadata[REGISTRATION] = signed
@@ -159,6 +159,15 @@ def store(system: System, entry: Entry) -> Version:
     return Version(system.name, int(made.version), release_id, True, dict(made.tags), model_id=model.model_id)
 
 
+def _vouched_for(known: Version, manifest: Manifest) -> Version:
+    """A release that was registered before, by nobody who signed, is registered anew by who can sign."""
+    tags = known.tags or {}
+    if REGISTRATION in tags or (signed := _signed_registration(manifest, tags)) is None:
+        return known
+    connect().set_model_version_tag(known.name, str(known.number), REGISTRATION, signed)
+    return replace(known, tags={**tags, REGISTRATION: signed})
+
+
 def _signed_registration(manifest: Manifest, metadata: dict[str, str]) -> str | None:
     """Who registers, signed, where there is a key; without one a release is registered all the same, as nobody's."""
     try:
@@ -171,7 +180,7 @@ def _signed_registration(manifest: Manifest, metadata: dict[str, str]) -> str | 
         release=manifest.release_id,
         time=datetime.now(UTC),
         signer=signer(key),
-        commit=metadata[f"{TAG}git_commit"],
+        commit=metadata.get(f"{TAG}git_commit", "none"),
     )
     return sign(said, key)
 
@@ -219,11 +228,14 @@ def _store_prompts(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def prompt_text(state: dict[str, Any]) -> str:
-    """A predictor's prompt as people read and compare it: instructions, fields, demonstrations."""
+    """A predictor's prompt as people read and compare it: instructions, fields, demonstrations.
+
+    The same text from a live state and from the manifest, whose JSON is sorted.
+    """
     lines = [state["signature"]["instructions"].strip(), "", "Fields:"]
     lines += [f"- {f['prefix']} {f['description']}" for f in state["signature"]["fields"]]
     for i, demo in enumerate(state["demos"], 1):
-        lines += ["", f"Demonstration {i}:", *(f"- {k}: {v}" for k, v in demo.items() if k != "augmented")]
+        lines += ["", f"Demonstration {i}:", *(f"- {k}: {v}" for k, v in sorted(demo.items()) if k != "augmented")]
     text = "\n".join(lines).replace("{{", "{ {")  # double braces would be a template variable
     cut = "\n… (cut; the release's manifest has it whole)"
     return text if len(text) <= _PROMPT_LIMIT else text[: _PROMPT_LIMIT - len(cut)] + cut

@@ -223,6 +223,31 @@ def source_text(file: Path) -> str:
         raise SourceError(f"{file} cannot be read as UTF-8 text: {e}") from e
     if file.suffix == ".py":
         return text
+    return "\n\n".join("".join(cell["source"]) for cell in _agent_cells(file, text))
+
+
+def released_content(file: Path) -> bytes:
+    """What a release keeps of a source: all of it; of a Jupyter notebook the cells tagged `agent`, without outputs.
+
+    To run or to explore a notebook makes no other release of it, and what its cells have shown stays where it is.
+    """
+    if file.suffix != ".ipynb":
+        return file.read_bytes()
+    cells = [
+        {
+            "cell_type": "code",
+            "execution_count": None,
+            "metadata": {"tags": ["agent"]},
+            "outputs": [],
+            "source": "".join(cell["source"]).splitlines(keepends=True),
+        }
+        for cell in _agent_cells(file, file.read_text(encoding="utf-8-sig"))
+    ]
+    notebook = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+    return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _agent_cells(file: Path, text: str) -> list[dict[str, Any]]:
     try:
         cells = json.loads(text)["cells"]
     except (ValueError, KeyError, TypeError) as e:
@@ -230,7 +255,7 @@ def source_text(file: Path) -> str:
     tagged = [c for c in cells if c["cell_type"] == "code" and "agent" in c.get("metadata", {}).get("tags", [])]
     if not tagged:
         raise SourceError(f"{file} has no cell tagged `agent`; tag the cells that define the system")
-    return "\n\n".join("".join(c["source"]) for c in tagged)
+    return tagged
 
 
 def collect_files(entry: Entry, extra: tuple[Path, ...]) -> dict[str, Path]:

@@ -25,6 +25,7 @@ from mlflow.store.model_registry.dbmodels.models import (
     SqlRegisteredModelTag,
 )
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+from mlflow.store.tracking.dbmodels.models import SqlRun
 from mlflow.utils.validation import _validate_model_version
 
 from agentkit.errors import AgentkitError, TrustError
@@ -63,9 +64,12 @@ def _atomic(method: Callable[..., Any]) -> Callable[..., Any]:
 class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
     """See the module. Refusals are MlflowExceptions with PERMISSION_DENIED (HTTP 403), for admins, too."""
 
+    ManagedSessionMaker: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._open_session, self.ManagedSessionMaker = self.ManagedSessionMaker, self._session
+        self._open_session = self.ManagedSessionMaker
+        self.ManagedSessionMaker = self._session
         self._under_lock = threading.local()
 
     # ---- aliases and stages
@@ -115,6 +119,8 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         number = _validate_model_version(version)
         if tag.key == EVALUATION:
             return self._set_evaluation(name, number, tag)
+        if tag.key == REGISTRATION:
+            return self._set_registration(name, number, tag)
         if tag.key == VERDICT:
             ok = self._signed_verdict(name, number) == tag.value
         else:
@@ -152,11 +158,11 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         is_system = self._is_system(name)
         forged = [k for k in given if (self._is_ours(k) and k not in _AT_CREATION) or (is_system and _is_of_prompts(k))]
         self._require(not forged, name, f"the tags {forged} at creation")
-        with _refusing(name):
-            if (text := given.get(PROMPTS)) is not None:
-                _read_prompts(text, name)
-            if (text := given.get(REGISTRATION)) is not None:
-                self._check_registration(name, given.get(f"{TAG}release_id"), text)
+        if PROMPTS in given:
+            with _refusing(name):
+                _read_prompts(given[PROMPTS], name)
+        if REGISTRATION in given:
+            self._check_registration(name, given.get(f"{TAG}release_id"), given[REGISTRATION])
         text = named.get("description", rest[1] if len(rest) > 1 else None) or ""
         self._require(not (is_system and _VERDICT_HEADING.search(text)), name, "a verdict in the description")
         return super().create_model_version(name, source, run_id, tags, *rest, **named)
@@ -245,6 +251,8 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             signed = read(tags.get(EVALUATION, ""), Evaluation)
             if signed.statement.evidence != move.evidence:
                 raise TrustError(f"version {move.version} carries another evaluation than the one it is promoted by")
+            if session.get(SqlRun, signed.statement.evidence.run) is None:
+                raise TrustError("the run that holds its evidence is not on this server; it was signed for another one")
 
     def _set_evaluation(self, name: str, version: int, tag: Any) -> None:
         """A signed evaluation of this very version, and the verdict that it gives."""
@@ -265,12 +273,31 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
                     )
                 )
 
+    def _set_registration(self, name: str, version: int, tag: Any) -> None:
+        """A signed registration of a version that nobody signed for when it was made."""
+        with self._locked(name) as session:
+            tags = self._version_tags(session, name, version)
+            present = tags.get(REGISTRATION)
+            replaceable = present in (None, tag.value) or not _counts(str(present), Registration)
+            self._require(replaceable, name, f"another registration of version {version}")
+            self._check_registration(name, tags.get(f"{TAG}release_id"), tag.value)
+            session.merge(
+                SqlModelVersionTag(
+                    workspace=self._get_active_workspace(),
+                    name=name,
+                    version=version,
+                    key=REGISTRATION,
+                    value=tag.value,
+                )
+            )
+
     @staticmethod
     def _check_registration(name: str, release: str | None, text: str) -> None:
-        signed = read(text, Registration)
-        check(signed, _trust())
-        if (signed.statement.system, signed.statement.release) != (name, release):
-            raise TrustError("the registration was signed for another release")
+        with _refusing(name):
+            signed = read(text, Registration)
+            check(signed, _trust())
+            if (signed.statement.system, signed.statement.release) != (name, release):
+                raise TrustError("the registration was signed for another release")
 
     @contextmanager
     def _session(self, read_only: bool = True) -> Iterator[Any]:
@@ -467,16 +494,20 @@ def _is_of_prompts(key: str) -> bool:
     return key not in _HARMLESS_PROMPT_TAGS and key.startswith(("mlflow.prompt.", "_mlflow_prompt"))
 
 
-def _is_older(said: Evaluation, present: str | None) -> bool:
-    """Whether an evaluation that counts, and was signed later, is there."""
-    if present is None:
-        return False
+def _counts(text: str, kind: type[Any]) -> bool:
+    """Whether a statement was signed with a key that is trusted now."""
     try:
-        signed = read(present, Evaluation)
-        check(signed, _trust())
+        check(read(text, kind), _trust())
     except TrustError:
         return False
-    return said.time < signed.statement.time
+    return True
+
+
+def _is_older(said: Evaluation, present: str | None) -> bool:
+    """Whether an evaluation that counts, and was signed later, is there."""
+    if present is None or not _counts(present, Evaluation):
+        return False
+    return said.time < read(present, Evaluation).statement.time
 
 
 def _read_prompts(text: str, system: str) -> dict[str, int]:
