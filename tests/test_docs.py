@@ -75,7 +75,7 @@ def test_changelog_and_package_agree_on_the_version():
 
 
 def test_thresholds_of_the_reference_system_hold_the_starting_rules():
-    from agentkit_pipelines.promotion import find_thresholds
+    from agentkit_pipelines.evidence import find_thresholds
     from agentkit_pipelines.thresholds import load_thresholds
 
     bar = load_thresholds(find_thresholds("support_triage"))

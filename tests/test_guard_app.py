@@ -457,7 +457,7 @@ def test_each_tracking_route_refuses(handled: Sealed, number: int, api: str) -> 
     assert handled.state() == before
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     number=st.sampled_from(ATTACKS),
     nested=st.integers(0, 2),

@@ -406,6 +406,16 @@ def test_lost_entries_at_the_end_are_restored_from_what_this_machine_has_seen(
     assert loads() == registry.resolve("colours/2").release_id
 
 
+@pytest.mark.parametrize(
+    "change", [lambda s: history(s, 1, None), lambda s: history(s, 2, told(s, 1))], ids=["taken out", "altered"]
+)
+def test_entries_that_cannot_be_written_again_are_said(store: Store, change: Any) -> None:
+    change(store)
+    said = text_of(agentkit("doctor", "--repair").out)
+    assert "was altered, or taken out where later ones stand; put the store back from a backup" in said
+    refused()
+
+
 def test_what_a_fresh_machine_cannot_know(store: Store) -> None:
     """Who can write to the database can put back an older state that was signed; only who saw the newer notices."""
     history(store, 2, None)

@@ -136,16 +136,22 @@ def test_the_right_key_is_needed(proof: Proof, tmp_path: Path) -> None:
 PARTS = ("release/manifest.json", "release/source/colours.py", *(f"evidence/{n}" for n in FILES), "history.json", "statements.json")  # fmt: skip
 HARM: dict[str, Callable[[Path], Any]] = {
     "one bit": lambda f: f.write_bytes((b := f.read_bytes())[: len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1 :]),
-    "emptied": lambda f: f.write_bytes(b""),
     "missing": lambda f: f.unlink(),
     "an object": lambda f: f.write_text("{}"),
     "a number": lambda f: f.write_text("7"),
-    "more": lambda f: f.write_bytes(f.read_bytes() + b"\n#"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", HARM)
-@pytest.mark.parametrize("part", PARTS)
+JSON = [part for part in PARTS if part.endswith(".json")]
+
+
+@pytest.mark.parametrize(
+    ("part", "harm"),
+    [
+        *((part, harm) for part in PARTS for harm in ("one bit", "missing")),
+        *((p, h) for p in JSON for h in ("an object", "a number")),
+    ],
+)
 def test_a_file_that_was_changed_or_is_missing_is_named(proof: Proof, part: str, harm: str) -> None:
     HARM[harm](proof.folder / part)
     said = agentkit("verify", str(proof.folder), "--key", str(proof.pem))

@@ -296,17 +296,18 @@ def test_a_jupyter_notebook_and_a_golden_set_in_an_empty_folder_go_the_whole_roa
     assert "registered parcels/1, release" in user.agentkit("register", notebook.name)
     assert {path.name for path in user.folder.iterdir()} == {".agentkit", "golden.jsonl", "parcels.ipynb"}
 
-    # A first promotion says what to write where; what it says is a file that does.
-    refused = user.agentkit("promote", "parcels", code=2)
-    thresholds = user.folder / "thresholds" / "parcels.yaml"
-    assert str(thresholds) in refused
-    thresholds.parent.mkdir()
-    thresholds.write_text(refused[refused.index("system: parcels") :])
     evaluated = user.agentkit("evaluate", "parcels", "--repeats", "1")
     assert re.search(r"success +│ (0\.9\d*|1) ", evaluated), evaluated
+    # A schedule does not set a bar of its own; the very first promotion by hand writes one to begin with, and says so.
+    connected = user.agentkit("register", notebook.name, "--candidate")
+    assert "unchanged" in connected
+    assert "no thresholds for parcels: expected" in user.agentkit("promote", "--candidates", code=2)
     promoted = user.agentkit("promote", "parcels", "--repeats", "2")
+    assert "no thresholds yet: thresholds/parcels.yaml was written to begin with" in promoted
     assert "parcels/1 is now parcels@production" in promoted
     assert "PASS · parcels/1 · attempt 2 on this golden set" in promoted
+    (user.folder / "thresholds" / "parcels.yaml").rename(user.folder / "thresholds" / "parcles.yaml")
+    assert "no thresholds for parcels: expected" in user.agentkit("promote", "parcels", code=2)  # never a lower bar
     assert "topic: whereabouts" in user.agentkit("run", "parcels@production", "my parcel is late")
     assert "there is nothing to go back to" in user.agentkit("rollback", "parcels", code=2)
 

@@ -234,7 +234,7 @@ def _promote(
 
     seed, workers, max_usd, trust = rest
     plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd, trust=trust)
-    plan = _with_thresholds(plan, thresholds)
+    plan = _with_thresholds(plan, thresholds, may_begin=not asked)
     if asked and (verdict := evidence.judged_alike(plan)):
         say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
         return OK
@@ -245,12 +245,19 @@ def _promote(
     return _exit_code_of(done.verdict.verdict)
 
 
-def _with_thresholds(plan: Plan, given: Path | None) -> Plan:
+def _with_thresholds(plan: Plan, given: Path | None, may_begin: bool) -> Plan:
     from dataclasses import replace
 
-    from agentkit_pipelines.evidence import find_thresholds
+    from agentkit_pipelines.evidence import find_thresholds, first_thresholds
 
-    return replace(plan, thresholds=find_thresholds(plan.version.name, given))
+    try:
+        return replace(plan, thresholds=find_thresholds(plan.version.name, given))
+    except UsageError:
+        place = first_thresholds(plan.version.name) if may_begin and given is None else None
+        if place is None:
+            raise
+    _say(f"[yellow]no thresholds yet: {terminal.short(place)} was written to begin with; make it your own bar[/yellow]")
+    return replace(plan, thresholds=place)
 
 
 def _say(message: str) -> None:

@@ -39,7 +39,7 @@ _FIRST_THRESHOLDS = """\
 system: {}
 confidence: 0.95 # one-sided
 rules:
-  - {{metric: success, at_least: 0.75}} # of all runs
+  - {{metric: success, at_least: 0.5}} # of all runs
   - {{metric: success, margin: 0.1, versus: production}} # so much worse it may be, once there is a production
   - {{metric: task_failure, at_most: 0.1}}
 """
@@ -118,6 +118,19 @@ def find_thresholds(system: str, given: Path | None = None) -> Path:
         f"no thresholds for {system}: expected {places[0]}. What must a version prove before it is promoted? Set your own "
         f"limits before you look at the golden set's figures; a file to begin with:\n\n{_FIRST_THRESHOLDS.format(system)}"
     )
+
+
+def first_thresholds(system: str) -> Path | None:
+    """Write a file to begin with, for the very first promotion in a project that has no thresholds at all; else None.
+
+    Never later: a file that is missing or misnamed must not be replaced by a lower bar.
+    """
+    place = project_root() / "thresholds" / f"{system}.yaml"
+    if place.parent.exists() or history_of(system).entries:
+        return None
+    place.parent.mkdir()
+    place.write_text(_FIRST_THRESHOLDS.format(system), encoding="utf-8")
+    return place
 
 
 # ---- evaluate

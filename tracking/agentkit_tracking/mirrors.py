@@ -6,8 +6,9 @@ and what a crash left undone the next move or `agentkit doctor --repair` sets ri
 
 from __future__ import annotations
 
+from agentkit.errors import TrustError
 from agentkit_tracking.history import HEADING, KEY, History, render, seen
-from agentkit_tracking.home import connect
+from agentkit_tracking.home import connect, home
 from agentkit_tracking.registry import DESCRIPTION_LIMIT, Registered, Version, look_up, prompts_of
 from agentkit_tracking.rules import PRODUCTION
 
@@ -82,13 +83,21 @@ def _mirror_description(history: History) -> int:
 
 
 def restore(system: str) -> int:
-    """Write back entries of the history that this machine has verified before and the store has lost; returns how many."""
-    tags, lost = look_up(system).tags, 0
-    for n, text in enumerate(seen(system), 1):
-        if tags.get(key := f"{KEY}{n:06}") != text:
-            connect().set_registered_model_tag(system, key, text)
-            lost += 1
-    return lost
+    """Write back entries that this machine has verified before and the store has lost at its end; returns how many.
+
+    Raises:
+        TrustError: entries before the end are missing or altered, which no guarded store lets anybody write again.
+    """
+    tags, known = look_up(system).tags, {f"{KEY}{n:06}": text for n, text in enumerate(seen(system), 1)}
+    lost = {key: text for key, text in known.items() if tags.get(key) != text}
+    if lost and min(lost) <= max((key for key in tags if key.startswith(KEY)), default=""):
+        raise TrustError(
+            f"{min(lost)!r} of {system} was altered, or taken out where later ones stand; put the store back from a backup, "
+            f"or its tags to the entries that this machine has seen, which are in {home() / 'seen'}"
+        )
+    for key, text in lost.items():
+        connect().set_registered_model_tag(system, key, text)
+    return len(lost)
 
 
 def with_history(description: str, history: History) -> str:

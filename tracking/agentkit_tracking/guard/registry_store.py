@@ -487,7 +487,7 @@ def _refusal(name: str, text: str) -> MlflowException:
 
 def _reads_as_production(name: str) -> bool:
     """MLflow lets a line break at the end of an alias pass; no separator makes another word of it."""
-    return is_production(re.sub(r"[\W_]", "", name))
+    return is_production(name) or is_production(re.sub(r"[\W_]", "", name))
 
 
 def _is_of_prompts(key: str) -> bool:

@@ -1,0 +1,1169 @@
+"""Attacks on `production`, on real servers: every route and spelling, also by admins. Each is refused and changes nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import evidence as prepared
+import httpx
+import pytest
+from evidence import Store, agentkit, as_user, without_kernel
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from postgres import postgresql
+from releases import furnish
+from servers import mlflow_server, start, wait_until_healthy
+
+from agentkit.errors import ReleaseError, TrustError
+from agentkit_tracking import history as histories
+from agentkit_tracking import keys
+from agentkit_tracking.history import KEY, History
+from agentkit_tracking.keys import SigningKey, Trust
+from agentkit_tracking.registry import EVALUATION, PROMPTS, REGISTRATION, VERDICT
+from agentkit_tracking.statements import Evaluation, Evidence, Move, Registration, read, sign, signer
+
+pytestmark = pytest.mark.slow
+ADMIN = ("admin", "correct-horse-battery")
+TABLES = (
+    "registered_models", "model_versions", "registered_model_tags", "model_version_tags", "registered_model_aliases",
+    "experiments", "runs", "logged_models",
+)  # fmt: skip
+
+
+class Person(NamedTuple):
+    """Somebody with a key."""
+
+    name: str
+    key: SigningKey
+    pem: str
+
+
+def person(name: str) -> Person:
+    from cryptography.hazmat.primitives import serialization as s
+
+    private, public = keys._generate(name, local=False)
+    pem = private.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption()).decode()
+    return Person(name, SigningKey(private, public), pem)
+
+
+GRACE, ROB, MALLORY = person("Grace"), person("Rob"), person("Mallory")  # trusted, revoked, unknown
+
+
+@dataclass
+class Site:
+    """A server, what stands behind it, and the folders of those who use it."""
+
+    url: str
+    home: Path
+    database: str
+    auth: tuple[str, str] | None = None
+    process: subprocess.Popen[bytes] | None = None
+    known: dict[str, str] = field(default_factory=dict)
+
+    # ---- who uses it
+
+    @contextmanager
+    def used_by(self, who: Person = GRACE, **environment: str) -> Iterator[MlflowClient]:
+        """This process as somebody's machine: a home, a key and the same trusted keys."""
+        from agentkit_tracking.home import connect
+
+        login = (
+            {"MLFLOW_TRACKING_USERNAME": self.auth[0], "MLFLOW_TRACKING_PASSWORD": self.auth[1]} if self.auth else {}
+        )
+        here = {
+            "MLFLOW_TRACKING_URI": self.url, "AGENTKIT_TRUST": str(self.home / "trust.json"),
+            "AGENTKIT_SIGNING_KEY": who.pem, **login,
+        }  # fmt: skip
+        with as_user(self.home.parent / f"home-of-{who.name}", who.name, **{**here, **environment}):
+            yield connect()
+
+    def load(self, reference: str = "colours@production") -> str:
+        """The release that somebody gets who loads this."""
+        from agentkit_tracking.loading import load
+
+        with self.used_by():
+            return str(load(reference).release)
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, f"{self.url}{path}", auth=self.auth, timeout=60, **options)
+
+    # ---- what it holds
+
+    def sql(self, statement: str) -> list[tuple[Any, ...]]:
+        if self.database.startswith("sqlite"):
+            with closing(sqlite3.connect(self.database.removeprefix("sqlite:///"), timeout=30)) as db:
+                return db.execute(statement).fetchall()
+        import psycopg2
+
+        with closing(psycopg2.connect(self.database.replace("+psycopg2", ""))) as db, db.cursor() as cursor:
+            cursor.execute(statement)
+            return cursor.fetchall()
+
+    def state(self) -> str:
+        """A hash of the whole registry, of runs, experiments and models, and of every artifact."""
+        rows = [(table, sorted(map(repr, self.sql(f"SELECT * FROM {table}")))) for table in TABLES]
+        files = sorted(p for p in (self.home / "artifacts").rglob("*") if p.is_file())
+        return hashlib.sha256(repr((rows, [(str(p), p.read_bytes()) for p in files])).encode()).hexdigest()
+
+    def version_tags(self, version: int, name: str = "colours") -> dict[str, str]:
+        return dict(
+            self.sql(f"SELECT key, value FROM model_version_tags WHERE name = '{name}' AND version = {version}")
+        )
+
+    def release(self, version: int) -> str:
+        return self.version_tags(version)["agentkit.release_id"]
+
+    @property
+    def history(self) -> History:
+        tags = dict(self.sql("SELECT key, value FROM registered_model_tags WHERE name = 'colours'"))
+        return histories.parse("colours", tags, Trust.model_validate_json((self.home / "trust.json").read_bytes()))
+
+    @property
+    def aliases(self) -> dict[tuple[str, str], int]:
+        return {(n, a): v for n, a, v in self.sql("SELECT name, alias, version FROM registered_model_aliases")}
+
+    def consistent(self) -> int | None:
+        """The version in production, by the history, the alias and the prompts, which must agree."""
+        number, aliases = self.history.production, self.aliases
+        assert aliases.get(("colours", "production")) == number
+        prompts = json.loads(self.version_tags(number or 0).get(PROMPTS, "{}")).values()
+        assert aliases.get(("colours.program", "production")) == next((p["version"] for p in prompts), None)
+        return number
+
+    @property
+    def model_id(self) -> str:
+        """The logged model of version 2."""
+        [(source,)] = self.sql("SELECT source FROM model_versions WHERE name = 'colours' AND version = 2")
+        return str(source).removeprefix("models:/")
+
+    @property
+    def run(self) -> str:
+        """The run that holds the evidence of version 2."""
+        return read(self.version_tags(2)[EVALUATION], Evaluation).statement.evidence.run
+
+    @property
+    def experiment(self) -> str:
+        [(number,)] = self.sql("SELECT experiment_id FROM experiments WHERE name = 'colours'")
+        return str(number)
+
+
+def trusting(home: Path) -> dict[str, str]:
+    """Grace and Rob into the server's trusted keys, Rob as revoked; what its environment has to say."""
+    path = home / "trust.json"
+    known = Trust.model_validate_json(path.read_bytes()) if path.exists() else Trust()
+    gone = ROB.key.public.model_copy(update={"revoked": datetime.now(UTC), "why": "stolen"})
+    path.write_text(known.model_copy(update={"keys": (*known.keys, GRACE.key.public, gone)}).model_dump_json())
+    return {"AGENTKIT_TRUST": str(path), "AGENTKIT_HOME": str(home)}
+
+
+def guarded_by(database: str, app: str = "agentkit") -> tuple[str, ...]:
+    return ("--backend-store-uri", database, "--registry-store-uri", f"agentkit-{database}", "--app-name", app)
+
+
+@contextmanager
+def served(home: Path, *arguments: str, workers: int | None = None, wait: bool = True) -> Iterator[Site]:
+    """A server on the prepared home, which also serves its artifacts."""
+    with start(home, *arguments, workers=workers, AGENTKIT_TRUST=str(home / "trust.json")) as (process, url):
+        if wait:
+            wait_until_healthy(process, url, home / "server.log")
+        yield Site(url, home, f"sqlite:///{home / 'mlflow.db'}", process=process)
+
+
+def with_served_artifacts(store: Store) -> Store:
+    """Let clients write and read artifacts through the server, as they do where it is another machine."""
+    root = (store.home / "artifacts").as_uri()
+    places = {
+        "experiments": "artifact_location", "runs": "artifact_uri", "logged_models": "artifact_location",
+        "model_versions": "storage_location",
+    }  # fmt: skip
+    for table, column in places.items():
+        store.sql(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", root, "mlflow-artifacts:")
+    return store
+
+
+def add_neighbours(site: Site) -> None:
+    """Somebody else's model and prompt; and version 1, which had passed, is found wanting later."""
+    with site.used_by() as client:
+        client.create_registered_model("chat")
+        client.create_model_version("chat", source="models:/colours/3")
+        client.register_prompt("greeting", "Say hello.")
+        proof = read(site.version_tags(1)[EVALUATION], Evaluation).statement
+        site.known["old evaluation"] = site.version_tags(1)[EVALUATION]
+        client.set_model_version_tag("colours", "1", EVALUATION, evaluation(site, GRACE, 1, "fail", proof))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A guarded server with MLflow's default number of workers, versions 1 and 2 of `colours` promoted in turn."""
+    home = tmp_path_factory.mktemp("guarded") / "server"
+    with_served_artifacts(prepared.promoted(home))
+    trusting(home)
+    with served(home, *guarded_by(f"sqlite:///{home / 'mlflow.db'}")) as site:
+        add_neighbours(site)
+        assert site.load() == site.release(2)
+        yield site
+
+
+# ---- what can be forged
+
+
+def evaluation(site: Site, who: Person, version: int, verdict: str = "pass", like: Evaluation | None = None) -> str:
+    """A signed evaluation of a version, made of that of version 2."""
+    like = like or read(site.version_tags(2)[EVALUATION], Evaluation).statement
+    proof = like.evidence.model_copy(update={"verdict": verdict})
+    said = {
+        "release": site.release(version), "version": version, "evidence": proof, "time": datetime.now(UTC),
+        "signer": signer(who.key),
+    }  # fmt: skip
+    return sign(like.model_copy(update=said), who.key)
+
+
+def entry(site: Site, who: Person = GRACE, /, **changes: Any) -> str:
+    """The next entry of the history, which would promote version 3, but for the changes."""
+    head = site.history.head
+    assert head is not None
+    facts = {
+        "system": "colours", "release": site.release(3), "time": datetime.now(UTC), "signer": signer(who.key),
+        "event": "promoted", "sequence": head.move.sequence + 1, "before": head.signed.digest, "version": 3,
+        "left_version": head.move.version, "left_release": head.move.release, "why": "",
+        "prompts": hashlib.sha256(site.version_tags(3)[PROMPTS].encode()).hexdigest(),
+        "evidence": proof_of(site),
+    }  # fmt: skip
+    return sign(Move(**{**facts, **changes}), who.key)
+
+
+def proof_of(site: Site, **changes: Any) -> Evidence:
+    """That of version 2, as if version 3 had been compared with it."""
+    proof = read(site.version_tags(2)[EVALUATION], Evaluation).statement.evidence
+    return proof.model_copy(update={"compared_with": site.release(2), **changes})
+
+
+def past_entry(site: Site, number: int) -> str:
+    return site.history.entries[number - 1].signed.envelope
+
+
+def with_another_signature(envelope: str, other: str) -> str:
+    return json.dumps({**json.loads(envelope), "signatures": json.loads(other)["signatures"]})
+
+
+def registration(site: Site, who: Person, version: int) -> str:
+    said = Registration(
+        system="colours", release=site.release(version), time=datetime.now(UTC), signer=signer(who.key), commit="none"
+    )
+    return sign(said, who.key)
+
+
+# ---- attacks
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One request. Values of the body may be functions of the site; `says` is part of the refusal."""
+
+    what: str
+    method: str
+    path: str
+    body: dict[str, Any]
+    says: str = ""
+    status: int = 403
+
+    def __str__(self) -> str:
+        return self.what
+
+    def filled(self, site: Site) -> dict[str, Any]:
+        return {k: _fill(v, site) for k, v in self.body.items()}
+
+
+def _fill(value: Any, site: Site) -> Any:
+    if isinstance(value, list):
+        return [_fill(v, site) for v in value]
+    if isinstance(value, dict):
+        return {k: _fill(v, site) for k, v in value.items()}
+    return value(site) if callable(value) else value
+
+
+def on_model(path: str, what: str, body: dict[str, Any], says: str = "", status: int = 403) -> Attack:
+    method = {"alias": "POST", "delete": "DELETE", "delete-tag": "DELETE", "update": "PATCH"}.get(path, "POST")
+    return Attack(what, method, f"registered-models/{path}", {"name": "colours", **body}, says, status)
+
+
+def on_version(path: str, what: str, body: dict[str, Any], says: str = "", status: int = 403) -> Attack:
+    method = {"delete": "DELETE", "delete-tag": "DELETE", "update": "PATCH"}.get(path, "POST")
+    return Attack(what, method, f"model-versions/{path}", {"name": "colours", **body}, says, status)
+
+
+def tags(*pairs: tuple[str, Any]) -> dict[str, Any]:
+    return {"source": "models:/colours/3", "tags": [{"key": k, "value": v} for k, v in pairs]}
+
+
+PROMPT = "colours.program"
+SPELLINGS = [
+    "production", "Production", "PRODUCTION", "pRoDuCtIoN", " production ", "production\n", "_production_", "pro-duction",
+    "\uff30\uff32\uff2f\uff24\uff35\uff23\uff34\uff29\uff2f\uff2e", "\U0001d429roduction",
+]  # fmt: skip
+ALIASES = [
+    *(on_model("alias", f"alias {s!a}", {"alias": s, "version": "3"}, "the alias") for s in SPELLINGS),
+    *(on_model("alias", f"alias {s!a} of a prompt", {"name": PROMPT, "alias": s, "version": "3"}) for s in SPELLINGS[:3]),
+    on_model("alias", "alias on what was in production before", {"alias": "production", "version": "1"}),
+    on_model("alias", "alias by another spelling of a number", {"alias": "production", "version": "\uff13"}),
+    on_model("alias", "alias on somebody's model", {"name": "chat", "alias": "production", "version": "1"}),
+    on_model("alias", "alias on somebody's prompt", {"name": "greeting", "alias": "production", "version": "1"}),
+    on_model("alias", "alias of a system yet to come", {"name": "future", "alias": "production", "version": "1"}),
+    *(Attack(f"deleting the alias of {n}", "DELETE", "registered-models/alias", {"name": n, "alias": "production"}, "deleting the alias")
+      for n in ("colours", PROMPT)),
+    *(on_version("transition-stage", f"stage {s!a}, archive {a}", {"version": "3", "stage": s, "archive_existing_versions": a}, "the stage")
+      for s in ("Production", "production", "PRODUCTION ") for a in (False, True)),
+    on_version("transition-stage", "stage of a prompt", {"name": PROMPT, "version": "3", "stage": "Production"}),
+    on_version("transition-stage", "a stage that deletes", {"version": "2", "stage": "Deleted_Internal"}, status=400),
+]  # fmt: skip
+TAGS = [
+    on_model("set-tag", "mark as another system", {"name": PROMPT, "key": "agentkit.system", "value": "true"}),
+    on_model("set-tag", "system that is none", {"key": "agentkit.system", "value": "false"}),
+    on_model("set-tag", "a tag of ours that nobody knows", {"key": "agentkit.x", "value": "1"}),
+    on_model("set-tag", "a system that becomes a prompt", {"key": "mlflow.prompt.is_prompt", "value": "true"}),
+    on_model("set-tag", "a prompt that becomes a model", {"name": PROMPT, "key": "mlflow.prompt.is_prompt", "value": "false"}),
+    *(on_model("delete-tag", f"deleting {key}", {"key": key}, "deleting the tag")
+      for key in ("agentkit.system", f"{KEY}000001", f"{KEY}000002", "agentkit.x")),
+    on_model("delete-tag", "deleting what makes a prompt", {"name": PROMPT, "key": "mlflow.prompt.is_prompt"}),
+    on_version("set-tag", "a verdict without evaluation", {"version": "3", "key": VERDICT, "value": "pass"}),
+    on_version("set-tag", "another verdict", {"version": "2", "key": VERDICT, "value": "fail"}),
+    on_version("set-tag", "another version's evaluation", {"version": "3", "key": EVALUATION, "value": lambda s: s.version_tags(2)[EVALUATION]},
+               "signed for another release"),
+    on_version("set-tag", "an evaluation by nobody known", {"version": "3", "key": EVALUATION, "value": lambda s: evaluation(s, MALLORY, 3)},
+               "not trusted here"),
+    on_version("set-tag", "an evaluation by a revoked key", {"version": "3", "key": EVALUATION, "value": lambda s: evaluation(s, ROB, 3)}, "revoked"),
+    on_version("set-tag", "an evaluation that was overtaken", {"version": "1", "key": EVALUATION, "value": lambda s: s.known["old evaluation"]}, "older"),
+    on_version("set-tag", "an evaluation that is none", {"version": "3", "key": EVALUATION, "value": "{}"}, "cannot be read"),
+    on_version("set-tag", "an entry as evaluation", {"version": "2", "key": EVALUATION, "value": lambda s: past_entry(s, 2)}, "not of the kind"),
+    *(on_version("set-tag", f"another {key}", {"version": "2", "key": key, "value": "0" * 64}) for key in
+      ("agentkit.release_id", PROMPTS, "agentkit.author", "agentkit.git_commit")),
+    on_version("set-tag", "another's registration", {"version": "3", "key": REGISTRATION, "value": lambda s: registration(s, GRACE, 2)}),
+    on_version("set-tag", "a later author", {"version": "2", "key": REGISTRATION, "value": lambda s: registration(s, GRACE, 2)}),
+    on_version("set-tag", "versions hidden by a prompt's mark", {"version": "3", "key": "mlflow.prompt.is_prompt", "value": "true"}),
+    *(on_version("set-tag", f"a prompt's {key}", {"name": PROMPT, "version": "2", "key": key, "value": value}) for key, value in (
+        ("mlflow.prompt.text", "Say warm."), ("_mlflow_prompt_model_config", '{"model_name": "evil"}'), ("_mlflow_prompt_type", "chat"),
+        ("_mlflow_prompt_response_format", "{}"), ("mlflow.prompt.is_prompt", "false"), ("agentkit.sha256", "0" * 64))),
+    *(on_version("delete-tag", f"deleting {key} of version 2", {"version": "2", "key": key}) for key in
+      (EVALUATION, VERDICT, REGISTRATION, PROMPTS, "agentkit.release_id")),
+    *(on_version("delete-tag", f"deleting a prompt's {key}", {"name": PROMPT, "version": "2", "key": key}) for key in
+      ("mlflow.prompt.text", "mlflow.prompt.is_prompt", "agentkit.sha256")),
+    on_version("set-tag", "a version that is no number", {"version": "two", "key": VERDICT, "value": "pass"}, status=400),
+]  # fmt: skip
+
+
+def next_is(what: str, make: Callable[[Site], str], says: str, number: int | str = 3, status: int = 403) -> Attack:
+    key = f"{KEY}{number:06}" if isinstance(number, int) else f"{KEY}{number}"
+    return on_model("set-tag", f"entry {what}", {"key": key, "value": make}, says, status)
+
+
+ZERO = "0" * 64
+ENTRIES = [
+    next_is("overwritten", lambda s: "{}", "there already", 1),
+    next_is("overwritten with another", lambda s: past_entry(s, 1), "there already", 2),
+    next_is("that is none", lambda s: "{}", "cannot be read"),
+    next_is("1 once more", lambda s: past_entry(s, 1), "it is entry 1"),
+    next_is("2 once more", lambda s: past_entry(s, 2), "it is entry 2"),
+    next_is("of another kind", lambda s: s.version_tags(2)[EVALUATION], "not of the kind"),
+    next_is("by a key nobody knows", lambda s: entry(s, MALLORY), "not trusted here"),
+    next_is("by a revoked key", lambda s: entry(s, ROB), "revoked"),
+    next_is("with another's signature", lambda s: with_another_signature(entry(s), past_entry(s, 2)), "does not fit"),
+    next_is("without an evaluation", entry, "cannot be read"),
+    next_is("without evidence", lambda s: entry(s, evidence=None), "without evidence"),
+    next_is("although the gate failed", lambda s: entry(s, evidence=proof_of(s, verdict="fail")), "evidence says fail"),
+    next_is("on an old comparison", lambda s: entry(s, evidence=proof_of(s, compared_with=s.release(1))), "compares it with another"),
+    next_is("of another release", lambda s: entry(s, release=ZERO), "is not release"),
+    next_is("with other prompts", lambda s: entry(s, prompts=ZERO), "other prompts"),
+    next_is("of a version that is not there", lambda s: entry(s, version=99), "", status=404),
+    next_is("out of turn", lambda s: entry(s, sequence=4), "entry 3 of 3 is missing", 4),
+    next_is("that skips one", lambda s: entry(s, sequence=4), "it is entry 4"),
+    next_is("that leaves another version", lambda s: entry(s, left_version=1), "leaves version 1"),
+    next_is("built on another", lambda s: entry(s, before=ZERO), "not built on"),
+    next_is("of another system", lambda s: entry(s, system="future"), "entry 3 of future"),
+    next_is("back to what never was", lambda s: entry(s, event="rolled_back"), "never promoted"),
+    next_is("that withdraws and names", lambda s: entry(s, event="withdrawn"), "must not be named"),
+    next_is("that promotes nothing", lambda s: entry(s, version=None), "must be named"),
+    next_is("under another number", entry, "is missing", "3"),
+    next_is("beside the numbers", entry, "is missing", "last"),
+    on_model("set-tag", "history of another system", {"name": "chat", "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, "entry 1 of colours"),
+    on_model("set-tag", "history of a prompt", {"name": PROMPT, "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, "entry 1 of colours"),
+    on_model("set-tag", "history of what is not there", {"name": "future", "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, status=404),
+]  # fmt: skip
+OTHERS_PROMPTS = json.dumps({"a": {"name": "greeting", "version": 1, "sha256": "0"}})
+CREATED = [
+    on_model("create", "a model with a history", {"name": "x", "tags": [{"key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}]}),
+    on_model("create", "a model with a verdict", {"name": "x", "tags": [{"key": VERDICT, "value": "pass"}]}),
+    on_model("create", "a prompt that says it is a system", {"name": "future.program", "tags": [{"key": "agentkit.system", "value": "true"}]}),
+    on_model("create", "a system that is a prompt", {"name": "future", "tags": [{"key": k, "value": "true"} for k in ("agentkit.system", "mlflow.prompt.is_prompt")]}),
+    on_model("create", "a system with a history in words", {"name": "future", "description": "### History\n\n- promoted version 1",
+                                                           "tags": [{"key": "agentkit.system", "value": "true"}]}),
+    on_model("create", "the same system again", {}, status=400),
+    on_version("create", "a version with an evaluation", tags((EVALUATION, lambda s: s.version_tags(2)[EVALUATION]))),
+    on_version("create", "a version with a verdict", tags((VERDICT, "pass"))),
+    on_version("create", "a version with a verdict in words", {"source": "models:/colours/3", "description": "### Gate: pass\n"}),
+    on_version("create", "a version that hides the others", tags(("mlflow.prompt.is_prompt", "true")), status=400),
+    on_version("create", "a version, made as prompts are, that hides the others",
+               {**tags(("mlflow.prompt.is_prompt", "true")), "source": "dummy-source"}),
+    on_version("create", "a version with others' prompts", tags((PROMPTS, OTHERS_PROMPTS)), "no prompt of colours"),
+    *(on_version("create", f"a version with prompts {text}", tags((PROMPTS, text)), "lists no prompts") for text in ("x", "[]", '{"a": 1}')),
+    on_version("create", "a version registered as another release", tags(("agentkit.release_id", ZERO), (REGISTRATION, lambda s: registration(s, GRACE, 2))),
+               "signed for another release"),
+    on_version("create", "a version that names two releases", tags(("agentkit.release_id", lambda s: s.release(2)), ("agentkit.release_id", ZERO),
+                                                                    (REGISTRATION, lambda s: registration(s, GRACE, 2))), "signed for another release"),
+    on_version("create", "a version registered by nobody known", tags(("agentkit.release_id", lambda s: s.release(2)), (REGISTRATION, lambda s: registration(s, MALLORY, 2))),
+               "not trusted here"),
+]  # fmt: skip
+REMOVED = [
+    on_model("rename", "renaming a system", {"new_name": "colours2"}, "renaming"),
+    on_model("rename", "renaming a prompt", {"name": PROMPT, "new_name": "mine"}, "renaming"),
+    on_model("rename", "renaming over a system", {"name": "chat", "new_name": "colours"}, status=400),
+    on_model("delete", "deleting a system", {}, "deleting"),
+    on_model("delete", "deleting a prompt", {"name": PROMPT}, "deleting"),
+    *(on_version("delete", f"deleting version {v} of {n}", {"name": n, "version": v}, "deleting version")
+      for n in ("colours", PROMPT) for v in ("1", "2", " 2")),
+    on_model("update", "no history in the description", {"description": ""}, "changing the history"),
+    on_model("update", "another history in the description", {"description": "### History\n\n- promoted version 3"}, "changing the history"),
+    on_model("update", "a second history in the description", {"description": lambda s: "#### History\n\n- promoted version 3\n\n" + described(s)},
+             "changing the history"),
+    on_model("update", "something behind the history", {"description": lambda s: described(s) + "\n- promoted version 3"}, "changing the history"),
+    on_version("update", "another text of an evaluated version", {"version": "2", "description": "### Gate: fail"}, "shows its verdict"),
+    on_version("update", "no text of an evaluated version", {"version": "2"}, "shows its verdict"),
+    on_version("update", "a verdict in the text of another", {"version": "3", "description": "x\n\n## gate: PASS"}, "shows its verdict"),
+]  # fmt: skip
+
+
+def described(site: Site) -> str:
+    [(text,)] = site.sql("SELECT description FROM registered_models WHERE name = 'colours'")
+    return str(text)
+
+
+SOURCES = [
+    Attack("deleting the run", "POST", "runs/delete", {"run_id": lambda s: s.run}),
+    Attack("another metric", "POST", "runs/log-metric", {"run_id": lambda s: s.run, "key": "success", "value": 1, "timestamp": 1}),
+    Attack("another verdict of the run", "POST", "runs/set-tag", {"run_id": lambda s: s.run, "key": "agentkit.verdict", "value": "x"}),
+    Attack("a run that is none", "POST", "runs/delete-tag", {"run_id": lambda s: s.run, "key": "agentkit.kind"}),
+    Attack("deleting the experiment", "POST", "experiments/delete", {"experiment_id": lambda s: s.experiment}),
+    Attack("renaming the experiment", "POST", "experiments/update", {"experiment_id": lambda s: s.experiment, "new_name": "x"}),
+    Attack("deleting the logged model", "DELETE", "logged-models/{model}", {"model_id": lambda s: s.model_id}),
+    Attack("a logged model that failed", "PATCH", "logged-models/{model}", {"model_id": lambda s: s.model_id, "status": "LOGGED_MODEL_UPLOAD_FAILED"}),
+    Attack("another tag of the logged model", "PATCH", "logged-models/{model}/tags", {"tags": [{"key": "agentkit.release_id", "value": "x"}]}),
+]  # fmt: skip
+ATTACKS = [*ALIASES, *TAGS, *ENTRIES, *CREATED, *REMOVED, *SOURCES]
+
+
+def camel(name: str) -> str:
+    return name[0] + name.title().replace("_", "")[1:]
+
+
+def requests_of(attack: Attack, site: Site) -> Iterator[tuple[str, dict[str, Any], tuple[int, ...]]]:
+    """The same attack by each route: prefix, what to send, and what may be answered."""
+    body = attack.filled(site)
+    text, kind = json.dumps(body), {"Content-Type": "application/json"}
+    yield "/api", {"content": text, "headers": kind}, (attack.status,)
+    yield "/ajax-api", {"content": text, "headers": kind}, (attack.status,)
+    yield "/api", {"content": json.dumps(text), "headers": kind}, (attack.status,)
+    yield "/ajax-api", {"content": text, "headers": {"Content-Type": "text/plain"}}, (400, attack.status)
+    yield "/api", {"content": text}, (400, attack.status)
+    spelled = json.dumps({camel(k): v for k, v in body.items()})
+    if spelled != text:
+        yield "/api", {"content": spelled, "headers": kind}, (attack.status,)
+
+
+def refused(site: Site, attack: Attack, *, every_route: bool = True) -> None:
+    """Ask, be refused with a way to promote instead, and find everything as it was."""
+    before = site.state()
+    path = attack.path.replace("{model}", site.model_id)
+    for prefix, options, statuses in requests_of(attack, site):
+        answer = site.ask(attack.method, f"{prefix}/2.0/mlflow/{path}", **options)
+        assert answer.status_code in statuses, answer.text
+        if answer.status_code == 403:
+            said = answer.json()
+            assert said["error_code"] == "PERMISSION_DENIED"
+            assert "agentkit promote" in said["message"]
+            assert attack.says in said["message"]
+        if not every_route:
+            break
+    assert site.state() == before
+
+
+def test_names_of_attacks_are_unique() -> None:
+    assert len({a.what for a in ATTACKS}) == len(ATTACKS)
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=str)
+def test_is_refused_by_every_route(guarded: Site, attack: Attack) -> None:
+    refused(guarded, attack)
+
+
+def test_after_all_that_production_is_what_it_was(guarded: Site) -> None:
+    assert guarded.consistent() == 2
+    assert guarded.load() == guarded.release(2)
+
+
+# ---- by the SDK
+
+Try = Callable[[MlflowClient, Site], Any]
+
+
+def genai(name: str, *arguments: Any) -> Try:
+    def attempt(client: MlflowClient, site: Site) -> Any:
+        import mlflow.genai
+        import mlflow.genai.prompts as prompts
+
+        return getattr(prompts, name)(*arguments)
+
+    return attempt
+
+
+BY_SDK: dict[str, Try] = {
+    "alias": lambda c, s: c.set_registered_model_alias("colours", "production", "3"),
+    "alias in capitals": lambda c, s: c.set_registered_model_alias("colours", "PRODUCTION", "3"),
+    "delete alias": lambda c, s: c.delete_registered_model_alias("colours", "production"),
+    "stage": lambda c, s: c.transition_model_version_stage("colours", "3", "Production", archive_existing_versions=True),
+    "history": lambda c, s: c.set_registered_model_tag("colours", f"{KEY}000003", entry(s)),
+    "delete history": lambda c, s: c.delete_registered_model_tag("colours", f"{KEY}000002"),
+    "verdict": lambda c, s: c.set_model_version_tag("colours", "3", VERDICT, "pass"),
+    "verdict by stage": lambda c, s: c.set_model_version_tag("colours", key=VERDICT, value="fail", stage="None"),
+    "evaluation": lambda c, s: c.set_model_version_tag("colours", "3", EVALUATION, s.version_tags(2)[EVALUATION]),
+    "delete evaluation": lambda c, s: c.delete_model_version_tag("colours", "2", EVALUATION),
+    "rename": lambda c, s: c.rename_registered_model("colours", "mine"),
+    "delete model": lambda c, s: c.delete_registered_model("colours"),
+    "delete version": lambda c, s: c.delete_model_version("colours", "2"),
+    "description": lambda c, s: c.update_registered_model("colours", "nothing to see"),
+    "version's description": lambda c, s: c.update_model_version("colours", "2", "### Gate: fail"),
+    "copy to another": lambda c, s: c.copy_model_version("models:/colours/2", "chat"),
+    "copy of a registration": lambda c, s: c.copy_model_version("models:/colours/3", "chat"),
+    "copy within": lambda c, s: c.copy_model_version("models:/colours/2", "colours"),
+    "prompt alias": lambda c, s: c.set_prompt_alias(PROMPT, "production", 3),
+    "delete prompt alias": lambda c, s: c.delete_prompt_alias(PROMPT, "production"),
+    "prompt text": lambda c, s: c.set_prompt_version_tag(PROMPT, "2", "mlflow.prompt.text", "Say warm."),
+    "delete prompt text": lambda c, s: c.delete_prompt_version_tag(PROMPT, "2", "mlflow.prompt.text"),
+    "prompt mark": lambda c, s: c.set_prompt_tag(PROMPT, "mlflow.prompt.is_prompt", "false"),
+    "delete prompt mark": lambda c, s: c.delete_prompt_tag(PROMPT, "mlflow.prompt.is_prompt"),
+    "delete prompt": lambda c, s: c.delete_prompt(PROMPT),
+    "delete prompt version": lambda c, s: c.delete_prompt_version(PROMPT, "2"),
+    "genai alias": genai("set_prompt_alias", PROMPT, "Production", 3),
+    "genai delete alias": genai("delete_prompt_alias", PROMPT, "production"),
+    "genai text": genai("set_prompt_version_tag", PROMPT, 2, "mlflow.prompt.text", "Say warm."),
+    "genai delete text": genai("delete_prompt_version_tag", PROMPT, 2, "mlflow.prompt.text"),
+    "genai tag": genai("set_prompt_tag", PROMPT, "agentkit.system", "true"),
+    "genai delete tag": genai("delete_prompt_tag", PROMPT, "mlflow.prompt.is_prompt"),
+    "genai model": genai("set_prompt_model_config", PROMPT, 2, {"model_name": "evil"}),
+    "genai delete model": genai("delete_prompt_model_config", PROMPT, 2),
+    "run": lambda c, s: c.delete_run(s.run),
+    "experiment": lambda c, s: c.delete_experiment(s.experiment),
+    "logged model": lambda c, s: c.delete_logged_model(s.model_id),
+    "manifest": lambda c, s: c.log_model_artifact(s.model_id, str(forged(s, "manifest.json"))),
+    "weights": lambda c, s: c.log_model_artifact(s.model_id, str(forged(s, "weights.safetensors"))),
+    "results": lambda c, s: c.log_artifact(s.run, str(forged(s, "results.parquet")), "evidence"),
+}  # fmt: skip
+
+
+def forged(site: Site, name: str) -> Path:
+    path = site.home.parent / name
+    path.write_text("{}")
+    return path
+
+
+@pytest.mark.parametrize("attempt", BY_SDK.values(), ids=BY_SDK)
+def test_the_sdk_says_how_to_promote_instead(guarded: Site, attempt: Try) -> None:
+    before = guarded.state()
+    with guarded.used_by(MALLORY) as client, pytest.raises(Exception, match="agentkit promote"):
+        attempt(client, guarded)
+    assert guarded.state() == before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors", "source/colours.py"])
+def test_uploads_over_a_release_are_refused(guarded: Site, name: str) -> None:
+    before, folder = guarded.state(), f"colours/models/{guarded.model_id}/artifacts"
+    for prefix in ("/api", "/ajax-api"):
+        for method in ("PUT", "DELETE"):
+            answer = guarded.ask(method, f"{prefix}/2.0/mlflow-artifacts/artifacts/{folder}/{name}", content=b"{}")
+            assert answer.status_code == 403
+            assert "agentkit promote" in answer.json()["message"]
+    upload = f"/ajax-api/2.0/mlflow/upload-artifact?run_uuid={guarded.run}&path=evidence/{name}"
+    assert guarded.ask("POST", upload, content=b"{}").status_code == 403
+    assert guarded.state() == before
+
+
+# ---- by requests that look like something else
+
+
+def raw(site: Site, method: str, path: str, body: bytes, **headers: str) -> int:
+    """The status of a request that goes out as it is written here."""
+    connection = http.client.HTTPConnection(site.url.removeprefix("http://"), timeout=30)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_no_disguise_of_a_request_helps(guarded: Site) -> None:
+    before, alias = guarded.state(), "/api/2.0/mlflow/registered-models/alias"
+    plain = json.dumps({"name": "colours", "alias": "production", "version": "3"})
+    wrongly = plain.replace('"alias"', '"alias": "candidate", "alias"')
+    bodies = [
+        plain.encode("utf-8-sig"), plain.encode("utf-16"), plain.encode("utf-32-be"), wrongly.encode(),
+        plain.replace("production", "\\u0070roduction").encode(), plain.replace('"3"', '"3", "unknown": 1').encode(),
+        json.dumps(json.dumps(plain)).encode(), plain.replace("alias", "ALIAS").encode(), b"[" + plain.encode() + b"]",
+        plain.replace("colours", "colours\\u0000").encode(), plain.replace('"3"', "3").encode(),
+    ]  # fmt: skip
+    for body in bodies:
+        assert raw(guarded, "POST", alias, body) >= 400, body
+        assert guarded.state() == before
+    paths = [
+        f"{alias}?alias=candidate&version=3", f"{alias}/", f"{alias}%3Fx", alias.replace("alias", "%61lias"),
+        alias.replace("/alias", "/./alias"), alias.replace("/alias", "//alias"), f"{alias};x", f"{alias}#x",
+        alias.replace("/api", "/x/../api"), alias.replace("/2.0", "/2.1"), alias.upper(), alias.replace("/api", "//api"),
+    ]  # fmt: skip
+    for path in paths:
+        assert raw(guarded, "POST", path, plain.encode()) >= 300, path
+        assert guarded.state() == before
+    for method in ("GET", "HEAD", "PUT", "PATCH", "OPTIONS", "post"):
+        raw(guarded, method, alias, plain.encode(), **{"X-HTTP-Method-Override": "POST"})
+        assert guarded.state() == before
+    for name in ("colours/../chat", "models:/colours", "colours%00", "colours.", ".colours", "COLOURS", " colours"):
+        body = {"name": name, "alias": "production", "version": "3"}
+        assert guarded.ask("POST", alias, json=body).status_code in (400, 403, 404)
+        assert guarded.state() == before
+
+
+def test_graphql_has_nothing_that_could_move_production(guarded: Site) -> None:
+    before = guarded.state()
+    schema = guarded.ask("POST", "/graphql", json={"query": "{__schema {mutationType {fields {name}}}}"}).json()
+    names = {f["name"] for f in schema["data"]["__schema"]["mutationType"]["fields"]}
+    assert names == {"mlflowSearchDatasets", "mlflowSearchRuns", "testMutation"}  # two searches and an echo
+    for name in ("mlflowSetRegisteredModelAlias", "setRegisteredModelAlias", "testMutation"):
+        query = f'mutation {{{name}(input: {{name: "colours", alias: "production", version: "3"}}) {{output}}}}'
+        assert "errors" in guarded.ask("POST", "/graphql", json={"query": query}).json()
+    assert guarded.state() == before
+
+
+# ---- what there is to attack
+
+FREE_ROUTES = {
+    "registered-models/get-latest-versions": "reads",
+    "webhooks": "tells others of changes; changes none",
+    "webhooks/<webhook_id>": "as above",
+    "webhooks/<webhook_id>/test": "as above",
+    "traces/link-prompts": "writes into a trace, not into the prompt",
+    "prompt-optimization/jobs": "a job adds a prompt version, as anybody may; it sets no alias and no tag of another",
+    "prompt-optimization/jobs/search": "reads",
+    "prompt-optimization/jobs/<job_id>": "as above",
+    "prompt-optimization/jobs/<job_id>/cancel": "as above",
+    "demo/generate": "adds demonstrations under names of its own, through the same store",
+    "demo/delete": "deletes them, through the same store",
+    "runs/create-promptlab-run": "makes a run",
+}
+FREE_METHODS = {
+    "copy_model_version": "calls what is guarded",
+    "create_prompt": "as above",
+    "create_prompt_version": "as above",
+    "delete_prompt": "as above",
+    "delete_prompt_alias": "as above",
+    "delete_prompt_tag": "as above",
+    "delete_prompt_version": "as above",
+    "delete_prompt_version_tag": "as above",
+    "set_prompt_alias": "as above",
+    "set_prompt_tag": "as above",
+    "set_prompt_version_tag": "as above",
+    "create_webhook": "tells others of changes",
+    "delete_webhook": "as above",
+    "test_webhook": "as above",
+    "update_webhook": "as above",
+    "link_prompt_version_to_model": "a note on a logged model, which the tracking store guards",
+    "link_prompt_version_to_run": "a note on a run, which the tracking store guards",
+    "link_prompts_to_trace": "a note on a trace",
+    "supports_workspaces": "reads",
+}
+
+
+def test_every_route_that_changes_the_registry_is_attacked_or_said_to_be_free() -> None:
+    """A route that a later MLflow adds fails here, until somebody has looked at it."""
+    from mlflow.server import app
+
+    found = set()
+    for rule in app.url_map.iter_rules():
+        _, _, path = rule.rule.partition("/mlflow/")
+        family = path.partition("/")[0]
+        ours = family in ("registered-models", "model-versions", "webhooks", "demo") or "prompt" in path
+        if ours and set(rule.methods or ()) - {"GET", "HEAD", "OPTIONS"}:
+            found.add(path)
+    assert found - {a.path for a in ATTACKS} == set(FREE_ROUTES)
+
+
+def test_every_method_that_changes_the_registry_is_guarded_or_said_to_be_free() -> None:
+    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
+
+    from agentkit_tracking.guard.registry_store import GuardedStore
+
+    public = {n for n in dir(SqlAlchemyStore) if not n.startswith(("_", "get_", "search_", "list_"))}
+    public -= {"CREATE_MODEL_VERSION_RETRIES"}
+    assert public - set(vars(GuardedStore)) == set(FREE_METHODS)
+
+
+# ---- what is stored, but does not count
+
+
+def test_a_version_with_a_stolen_release_id_is_not_loaded(guarded: Site, tmp_path: Path) -> None:
+    """Anybody may make a version; by what it says of itself it gets nowhere."""
+    marker, evil = tmp_path / "executed", tmp_path / "evil"
+    with guarded.used_by(MALLORY) as client:
+        got = Path(client.download_artifacts(guarded.run, "evidence", str(tmp_path)))  # reading is free
+        assert (got / "evidence.json").is_file()
+        evil.mkdir()
+        (evil / "manifest.json").write_text("{}")
+        (evil / "colours.py").write_text(f"open({str(marker)!r}, 'w').close()")
+        model = client.create_logged_model(guarded.experiment, name="colours", model_type="agentkit-release")
+        client.log_model_artifacts(model.model_id, str(evil))
+        client.finalize_logged_model(model.model_id, "READY")
+        stolen = guarded.version_tags(2)
+        told = {k: stolen[k] for k in ("agentkit.release_id", PROMPTS, "agentkit.author")}
+        for vouched in ({}, {REGISTRATION: stolen[REGISTRATION]}):
+            made = client.create_model_version(
+                "colours", f"models:/{model.model_id}", tags={**told, **vouched}, model_id=model.model_id
+            )
+            with pytest.raises(MlflowException, match="agentkit promote"):
+                client.set_registered_model_alias("colours", "production", made.version)
+            with as_user(
+                tmp_path / "fresh",
+                "Eve",
+                MLFLOW_TRACKING_URI=guarded.url,
+                AGENTKIT_TRUST=str(guarded.home / "trust.json"),
+            ):
+                from agentkit_tracking.loading import load
+
+                with pytest.raises(ReleaseError, match="manifest" if vouched else "nobody trusted here vouches"):
+                    load(f"colours/{made.version}")
+                assert load("colours@production").release == guarded.release(2)
+            client.delete_model_version("colours", made.version)
+    assert not marker.exists()
+
+
+def test_a_candidate_that_nobody_vouches_for_is_not_evaluated(guarded: Site, project: Path) -> None:
+    with guarded.used_by(MALLORY) as client:
+        made = client.create_model_version(
+            "colours", "models:/colours/3", tags={"agentkit.release_id": guarded.release(3)}
+        )
+        client.set_registered_model_alias("colours", "candidate", made.version)
+    with guarded.used_by():
+        said = agentkit("promote", "--candidates", "--golden", str(guarded.home / "given" / "golden.jsonl"),
+                        "--thresholds", str(guarded.home / "given" / "colours.yaml"))  # fmt: skip
+    assert said.code != 0
+    assert "nobody trusted here vouches" in said.err
+    with guarded.used_by(MALLORY) as client:
+        client.delete_model_version("colours", made.version)
+
+
+def test_an_entry_signed_for_another_server_does_not_count_here(guarded: Site, tmp_path: Path) -> None:
+    """Everything that it rests on can be copied, but for the run that holds the evidence."""
+    from mlflow.entities.model_registry import ModelVersionTag, RegisteredModelTag
+
+    from agentkit_tracking.guard.registry_store import GuardedStore
+
+    home = furnish(tmp_path / "elsewhere")
+    (home / "trust.json").write_bytes((guarded.home / "trust.json").read_bytes())
+    with as_user(home, "Mallory"):
+        store = GuardedStore(f"sqlite:///{home / 'mlflow.db'}")
+        store.create_registered_model("colours", [RegisteredModelTag("agentkit.system", "true")])
+        known = guarded.version_tags(1) | {EVALUATION: guarded.known["old evaluation"]}
+        first = [ModelVersionTag(k, v) for k, v in known.items() if k not in (EVALUATION, VERDICT)]
+        store.create_model_version("colours", "models:/m-1", tags=[t for t in first])
+        store.set_model_version_tag("colours", "1", ModelVersionTag(EVALUATION, known[EVALUATION]))
+        with pytest.raises(MlflowException, match="not on this server"):
+            store.set_registered_model_tag("colours", RegisteredModelTag(f"{KEY}000001", past_entry(guarded, 1)))
+        assert store.get_registered_model("colours").aliases == {}
+
+
+# ---- what must still work
+
+
+def test_others_work_as_on_any_server(guarded: Site) -> None:
+    before = guarded.state()
+    with guarded.used_by(MALLORY) as client:
+        client.create_registered_model("theirs", tags={"team": "b"}, description="### History\n\nof ours")
+        for _ in range(3):
+            client.create_model_version("theirs", "models:/colours/3", description="### Gate: left")
+        client.set_registered_model_alias("theirs", "champion", "1")
+        client.set_registered_model_alias("theirs", "champion", "2")
+        client.delete_registered_model_alias("theirs", "champion")
+        client.set_registered_model_tag("theirs", "mlflow.note", "x")
+        client.delete_registered_model_tag("theirs", "team")
+        client.set_model_version_tag("theirs", "1", "stage", "production")
+        client.delete_model_version_tag("theirs", "1", "stage")
+        client.update_model_version("theirs", "1", "another text")
+        client.transition_model_version_stage("theirs", "1", "Staging")
+        client.transition_model_version_stage("theirs", "2", "Staging", archive_existing_versions=True)
+        assert client.get_model_version("theirs", "1").current_stage == "Archived"
+        client.update_registered_model("theirs", "")
+        client.delete_model_version("theirs", "3")
+        client.rename_registered_model("theirs", "ours")
+        client.delete_registered_model("ours")
+        client.register_prompt("hello", "Say {{what}}.", tags={"a": "b"}, model_config={"temperature": 0})
+        client.register_prompt("hello", "Say it.")
+        client.set_prompt_alias("hello", "beta", 2)
+        client.set_prompt_version_tag("hello", "1", "mlflow.prompt.text", "Rewritten.")
+        client.set_prompt_tag("hello", "team", "b")
+        client.delete_prompt_tag("hello", "team")
+        client.delete_prompt_version_tag("hello", "1", "a")
+        assert client.load_prompt("prompts:/hello@beta").template == "Say it."
+        client.delete_prompt_alias("hello", "beta")
+        client.delete_prompt_version("hello", "1")
+        client.delete_prompt_version("hello", "2")
+        client.delete_prompt("hello")
+    assert guarded.state() != before  # names of experiments that prompts are linked to, and times
+    assert {n for (n,) in guarded.sql("SELECT name FROM registered_models")} == {"colours", PROMPT, "chat", "greeting"}
+
+
+def test_of_a_system_everything_else_may_be_changed_and_read(guarded: Site) -> None:
+    text = described(guarded)
+    with guarded.used_by(MALLORY) as client:
+        client.set_registered_model_alias("colours", "candidate", "3")
+        client.set_registered_model_alias("colours", "champion", "1")
+        client.set_prompt_alias(PROMPT, "beta", 3)
+        client.set_registered_model_tag("colours", "note", "looks good")
+        client.set_model_version_tag("colours", "2", "note", "looks good")
+        client.set_prompt_version_tag(PROMPT, "2", "note", "looks good")
+        client.update_registered_model("colours", "Sorts words.\n\n" + text[text.index("### History") :])
+        client.update_registered_model("colours", text)
+        client.update_model_version("colours", "3", "my note")
+        client.transition_model_version_stage("colours", "3", "Staging")
+        client.transition_model_version_stage("colours", "3", "None")
+        client.register_prompt(PROMPT, "Say lukewarm.")
+        client.delete_prompt_version(PROMPT, "4")
+        assert [m.name for m in client.search_registered_models("name LIKE 'col%'")] == ["colours"]
+        assert {p.name for p in client.search_prompts()} == {PROMPT, "greeting"}
+        found = client.search_model_versions(f"name = 'colours' and tags.`{VERDICT}` = 'pass'")
+        assert [v.version for v in found] == [2]
+        assert client.get_model_version_by_alias("colours", "production").version == "2"
+        assert client.load_prompt(f"prompts:/{PROMPT}@production").version == 2
+        for name, alias in (("colours", "candidate"), ("colours", "champion"), (PROMPT, "beta")):
+            client.delete_registered_model_alias(name, alias)
+    assert guarded.load() == guarded.release(2)
+
+
+def test_a_release_goes_its_whole_way(guarded: Site, project: Path) -> None:
+    """Register, evaluate, promote in a real kernel, roll back, withdraw: by the commands, with a key in the environment."""
+    given = guarded.home / "given"
+    judged = ("--golden", str(given / "golden.jsonl"), "--thresholds", str(given / "colours.yaml"), "--repeats", "1")
+    (project / "colours.py").write_text(prepared.source(4))
+    with guarded.used_by():
+        assert agentkit("register", "colours.py", "--candidate").code == 0
+        with without_kernel():
+            assert agentkit("evaluate", "colours/3", *judged).code == 0
+        assert guarded.consistent() == 2
+        said = agentkit("promote", "--candidates", *judged)
+        assert (said.code, said.err) == (0, "")
+        assert guarded.consistent() == 4
+        assert guarded.load() == guarded.release(4)
+        head = guarded.history.head
+        assert head is not None
+        assert (head.who, head.move.event, head.move.evidence is not None) == ("Grace", "promoted", True)
+        assert agentkit("verify", "colours@production").code == 0
+        assert agentkit("rollback", "colours", "--why", "slow").code == 0
+        assert guarded.consistent() == 2
+        assert agentkit("withdraw", "colours", "--why", "wrong").code == 0
+        assert guarded.consistent() is None
+        with pytest.raises(ReleaseError, match="no version in production"):
+            guarded.load()
+        assert agentkit("rollback", "colours").code == 0
+        assert guarded.consistent() == 2
+        assert "slow" in described(guarded)
+        assert "enforced by the store and at load" in " ".join(agentkit("doctor").out.split())
+
+
+def test_what_was_never_in_production_may_be_deleted(guarded: Site) -> None:
+    with guarded.used_by(MALLORY) as client:
+        client.create_model_version("colours", "models:/colours/3")
+        client.delete_model_version("colours", "5")
+        with pytest.raises(MlflowException, match="agentkit promote"):
+            client.delete_model_version("colours", "4")  # was, until it was rolled back
+
+
+# ---- two at once
+
+RACE = """
+import sys, time
+from pathlib import Path
+from releases import finished
+from agentkit.errors import ReleaseError
+from agentkit_pipelines import promotion
+from agentkit_tracking.keys import signing_key
+
+number, folder, meeting = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+done, made = finished(folder, f"colours/{number}"), promotion.histories.next_entry
+
+def made_at_the_same_time(*arguments, **named):
+    entry = made(*arguments, **named)
+    (meeting / number).touch()
+    while len(list(meeting.iterdir())) < 2:
+        time.sleep(0.01)
+    return entry
+
+promotion.histories.next_entry = made_at_the_same_time
+try:
+    promotion.commit(done, signing_key(), why=f"{number} was faster")
+except ReleaseError as e:
+    print(f"{type(e).__name__}: {e}")
+else:
+    print("won")
+"""
+
+
+def promote_at_once(site: Site, first: int, second: int, tmp_path: Path) -> None:
+    """Two people, each with a home of his own, promote two versions with the same idea of what is in production."""
+    meeting, here = tmp_path / "meeting", Path(__file__).parent
+    meeting.mkdir()
+    running = {}
+    before = len(site.history.entries)
+    people = {first: GRACE, second: Person("Heidi", GRACE.key, GRACE.pem)}
+    for number, who in people.items():
+        with site.used_by(who):
+            done = Store(site.home).evaluate(f"colours/{number}")
+            path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
+            running[number] = subprocess.Popen(
+                [sys.executable, "-c", RACE, str(number), str(done.folder), str(meeting)],
+                env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+    said = {}
+    for number, process in running.items():
+        said[number], err = process.communicate(timeout=200)
+        assert process.returncode == 0, err[-3000:]
+    [winner] = [n for n, text in said.items() if text.startswith("won")]
+    [loser] = set(said) - {winner}
+    assert site.consistent() == winner
+    assert len(site.history.entries) == before + 1
+    assert site.history.entries[-1].move.why == f"{winner} was faster"
+    assert "somebody else was faster" in said[loser] or "changed at the same time" in said[loser], said[loser]
+
+
+def test_of_two_promotions_at_once_one_wins(guarded: Site, tmp_path: Path) -> None:
+    promote_at_once(guarded, 3, 4, tmp_path)
+
+
+def one_of_many_wins(site: Site, rounds: int) -> None:
+    """Eight people sign different next entries, all valid, and send them at the same moment."""
+    for _ in range(rounds):
+        head = site.history.head
+        assert head is not None
+        number = head.move.sequence + 1
+        moved = {"event": "withdrawn", "version": None, "prompts": None, "evidence": None, "release": head.move.release}
+        if head.move.version is None:
+            back = site.history.promotion_of(2)
+            assert back is not None
+            same = {k: getattr(back.move, k) for k in ("version", "release", "prompts", "evidence")}
+            moved = {"event": "rolled_back", **same}
+        gate = threading.Barrier(8)
+
+        def send(
+            who: int, number: int = number, moved: dict[str, Any] = moved, gate: threading.Barrier = gate
+        ) -> httpx.Response:
+            body = {"name": "colours", "key": f"{KEY}{number:06}", "value": entry(site, **moved, why=str(who))}
+            gate.wait(60)
+            return site.ask("POST", "/api/2.0/mlflow/registered-models/set-tag", json=body)
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(send, range(8)))
+        won = [who for who, a in enumerate(answers) if a.status_code == 200]
+        assert len(won) == 1, [a.text for a in answers]
+        assert all("somebody else was faster" in a.json()["message"] for a in answers if a.status_code != 200)
+        assert site.history.entries[-1].move.why == str(won[0])
+        assert site.consistent() == moved["version"]
+
+
+def test_of_many_entries_at_once_one_is_written(guarded: Site) -> None:
+    one_of_many_wins(guarded, 4)
+
+
+def test_no_stale_check_lets_an_alias_back(guarded: Site) -> None:
+    """Setting the alias to what is in production is allowed; while production moves, nobody gets in between."""
+    done, alias = threading.Event(), "/api/2.0/mlflow/registered-models/alias"
+
+    def insist(version: int) -> None:
+        with httpx.Client(base_url=guarded.url, timeout=60) as client:
+            while not done.is_set():
+                client.post(alias, json={"name": "colours", "alias": "production", "version": str(version)})
+                client.request("DELETE", alias, json={"name": "colours", "alias": "production"})
+
+    with ThreadPoolExecutor(4) as pool:
+        for version in (2, 2, guarded.history.production or 3, 3):
+            pool.submit(insist, version)
+        try:
+            for _ in range(3):
+                one_of_many_wins(guarded, 1)
+        finally:
+            done.set()
+    guarded.consistent()
+
+
+# ---- a server that is killed
+
+
+def kill(site: Site) -> None:
+    assert site.process is not None
+    os.killpg(site.process.pid, signal.SIGKILL)
+    site.process.wait()
+
+
+def test_a_server_killed_while_it_writes_leaves_one_clean_outcome(guarded: Site, tmp_path: Path) -> None:
+    """Killed between write and commit, by a reader who keeps SQLite from committing; then once more just after the commit."""
+    from agentkit_pipelines import promotion
+    from agentkit_tracking.mirrors import mirror
+
+    if guarded.history.production is None:
+        one_of_many_wins(guarded, 1)
+    candidate = 3 if guarded.history.production != 3 else 4
+    outcome: list[BaseException] = []
+    with guarded.used_by():
+        before, entries = guarded.consistent(), len(guarded.history.entries)
+        done = Store(guarded.home).evaluate(f"colours/{candidate}")
+
+        def promote() -> None:
+            try:
+                promotion.commit(done, GRACE.key)
+            except BaseException as e:
+                outcome.append(e)
+
+        with closing(sqlite3.connect(guarded.home / "mlflow.db", isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM registered_models").fetchall()
+            promoting = threading.Thread(target=promote)
+            promoting.start()
+            journal = guarded.home / "mlflow.db-journal"
+            wait_for(lambda: journal.exists() and journal.stat().st_size > 0 and is_waiting(guarded), 30)
+            kill(guarded)
+            promoting.join(120)
+        assert [type(e) for e in outcome] == [MlflowException]  # the connection broke
+        with served(guarded.home, *guarded_by(guarded.database), workers=1) as again:
+            assert again.consistent() == before
+            assert len(again.history.entries) == entries
+            with again.used_by():
+                assert again.load() == again.release(before or 0)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(promotion, "mirror_or_say", lambda *_: kill(again))
+                    with pytest.raises(Exception, match="refused|Connection|Max retries"):
+                        promotion.commit(done, GRACE.key)
+                        again.load()
+        assert guarded.consistent() == candidate  # model and prompts moved with the entry
+        assert len(guarded.history.entries) == entries + 1
+    with as_user(guarded.home, "Ada"):  # on the same store; only the description, which proves nothing, lags behind
+        assert mirror(guarded.history) == 1
+        assert mirror(guarded.history) == 0
+
+
+def is_waiting(site: Site) -> bool:
+    """Whether somebody has written and waits for readers to leave: new readers are kept out."""
+    try:
+        with closing(sqlite3.connect(site.home / "mlflow.db", timeout=0)) as db:
+            db.execute("SELECT count(*) FROM registered_models")
+    except sqlite3.OperationalError:
+        return True
+    return False
+
+
+def wait_for(check: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+# ---- PostgreSQL, with users
+
+
+def test_on_postgresql_admins_are_refused_too(tmp_path: Path, project: Path) -> None:
+    home = tmp_path / "server"
+    home.mkdir()
+    (home / "auth.ini").write_text(
+        f"[mlflow]\ndefault_permission = MANAGE\ndatabase_uri = sqlite:///{home / 'auth.db'}\n"
+        f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\n"
+        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+    )
+    settings = {
+        **trusting(home), "MLFLOW_AUTH_CONFIG_PATH": str(home / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
+    }  # fmt: skip
+    with postgresql() as database:
+        arguments = guarded_by(database, "agentkit-basic-auth")
+        with mlflow_server(home, *arguments, workers=1, **settings) as url:
+            site = Site(url, home, database, auth=ADMIN)
+            promote_two(site, project)
+            add_neighbours(site)
+            for attack in ATTACKS:
+                refused(site, attack, every_route=False)
+            assert site.load() == site.release(2)
+            alias = {"name": "colours", "alias": "production", "version": "3"}
+            for who, status in ((ADMIN, 403), (None, 401), (("admin", "wrong"), 401)):
+                answer = httpx.post(f"{url}/api/2.0/mlflow/registered-models/alias", json=alias, auth=who)
+                assert answer.status_code == status
+            promote_at_once(site, 3, 4, tmp_path)
+            one_of_many_wins(site, 4)
+
+
+def promote_two(site: Site, project: Path) -> None:
+    """As the prepared home: versions 1 and 2 of `colours` promoted in turn, 3 and 4 registered."""
+    from agentkit_pipelines import promotion
+    from agentkit_tracking import registry
+
+    given = prepared._prepared() / "given"
+    (site.home / "given").mkdir()
+    for name in ("golden.jsonl", "colours.yaml"):
+        (site.home / "given" / name).write_bytes((given / name).read_bytes())
+    with site.used_by():
+        for number in (1, 2, 3, 4):
+            (project / "colours.py").write_text(prepared.source(number))
+            assert registry.register_file("colours.py").number == number
+        for number in (1, 2):
+            promotion.commit(Store(site.home).evaluate(f"colours/{number}", GRACE.key), GRACE.key, why="ж" * 500)
+        assert site.consistent() == 2
+
+
+# ---- a plain MLflow server
+
+
+def test_on_a_plain_server_it_is_enforced_at_load_only(tmp_path: Path) -> None:
+    home = tmp_path / "server"
+    with_served_artifacts(prepared.promoted(home))
+    trusting(home)
+    with served(home, workers=1) as site, site.used_by(MALLORY) as client:
+        assert "enforced at load only" in " ".join(agentkit("doctor").out.split())
+        assert site.load() == site.release(2)
+        with site.used_by():
+            done = Store(home).evaluate("colours/3", GRACE.key)
+            from agentkit_pipelines import promotion
+
+            promotion.commit(done, GRACE.key)
+        assert site.consistent() == 3
+        assert site.load() == site.release(3)
+        client.set_registered_model_alias("colours", "production", "1")  # nobody objects
+        with pytest.raises(
+            TrustError, match=r"the alias points to version 1, but the signed history says version 3.*agentkit promote"
+        ):
+            site.load()
+        client.set_registered_model_alias("colours", "production", "3")
+        client.set_registered_model_alias("colours", "Production", "1")
+        with pytest.raises(TrustError, match="look-alike|without evidence"):
+            site.load()
+        client.delete_registered_model_alias("colours", "Production")
+        client.set_prompt_version_tag(PROMPT, "3", "mlflow.prompt.text", "Say warm.")
+        with pytest.raises(TrustError, match="was changed in MLflow"):
+            site.load()
+        forged_entry = entry(site, MALLORY, version=1, release=site.release(1))
+        client.set_registered_model_tag("colours", f"{KEY}{len(site.history.entries) + 1:06}", forged_entry)
+        with pytest.raises(TrustError, match="not trusted here"):
+            site.load()
