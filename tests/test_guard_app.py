@@ -843,7 +843,7 @@ system = ak.adopt(shout, name="shout", success=success)
 def test_normal_work_passes_and_is_sealed_by_its_end(
     guarded: Sealed, project: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Register, run with a trace, evaluate and promote over the server; then nothing of it can be changed."""
+    """Register, evaluate, promote and trace over the server; then nothing of it can be changed."""
     from agentkit.examples import Example, write_examples
     from agentkit_pipelines import promotion
     from agentkit_pipelines.evidence import Plan
@@ -865,6 +865,12 @@ def test_normal_work_passes_and_is_sealed_by_its_end(
     assert resolve("shout@production").number == version.number
     model = guarded.client.get_logged_model(str(version.model_id))
     assert json.loads(model.tags["mlflow.modelVersions"]) == [{"name": "shout", "version": version.number}]
+
+    where = {"type": "MLFLOW_EXPERIMENT", "mlflow_experiment": {"experiment_id": model.experiment_id}}
+    about = {"mlflow.modelId": model.model_id, "mlflow.sourceRun": done.run_id}
+    info = {"trace_id": "tr-1", "trace_location": where, "request_time": "2026-11-01T00:00:00Z", "state": "OK"}
+    trace = {"trace": {"trace_info": {**info, "trace_metadata": about}}}
+    assert httpx.post(f"{guarded.url}/api/3.0/mlflow/traces", json=trace).status_code == 200
 
     before = state_of(guarded.home, done.run_id, model.model_id, "'shout'")
     for method, path, body in attacks(done.run_id, model.model_id, model.experiment_id):

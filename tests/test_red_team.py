@@ -26,6 +26,7 @@ import pytest
 from evidence import Store, agentkit, as_user, without_kernel
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from postgres import postgresql
 from releases import furnish
 from servers import mlflow_server, start, wait_until_healthy
@@ -38,7 +39,8 @@ from agentkit_tracking.keys import SigningKey, Trust
 from agentkit_tracking.registry import EVALUATION, PROMPTS, REGISTRATION, VERDICT
 from agentkit_tracking.statements import Evaluation, Evidence, Move, Registration, read, sign, signer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*stage.* deprecated:FutureWarning")]
+ANYBODY = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 ADMIN = ("admin", "correct-horse-battery")
 TABLES = (
     "registered_models", "model_versions", "registered_model_tags", "model_version_tags", "registered_model_aliases",
@@ -101,7 +103,18 @@ class Site:
             return str(load(reference).release)
 
     def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return httpx.request(method, f"{self.url}{path}", auth=self.auth, timeout=60, **options)
+        return ANYBODY.request(method, f"{self.url}{path}", auth=self.auth, **options)
+
+    def newest(self) -> int:
+        """The number of a fourth version, which is registered if need be."""
+        from agentkit_tracking.registry import register_file
+
+        file = self.home.parent / "project" / "colours.py"
+        file.parent.mkdir(exist_ok=True)
+        (file.parent / "pyproject.toml").write_text("")
+        file.write_text(prepared.source(4))
+        with self.used_by():
+            return register_file(file).number
 
     # ---- what it holds
 
@@ -194,6 +207,7 @@ def with_served_artifacts(store: Store) -> Store:
     }  # fmt: skip
     for table, column in places.items():
         store.sql(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", root, "mlflow-artifacts:")
+    _artifact_repos_cache.clear()  # MLflow remembers by their ids where the prepared home's runs had theirs
     return store
 
 
@@ -350,7 +364,7 @@ TAGS = [
     on_version("set-tag", "an evaluation by a revoked key", {"version": "3", "key": EVALUATION, "value": lambda s: evaluation(s, ROB, 3)}, "revoked"),
     on_version("set-tag", "an evaluation that was overtaken", {"version": "1", "key": EVALUATION, "value": lambda s: s.known["old evaluation"]}, "older"),
     on_version("set-tag", "an evaluation that is none", {"version": "3", "key": EVALUATION, "value": "{}"}, "cannot be read"),
-    on_version("set-tag", "an entry as evaluation", {"version": "2", "key": EVALUATION, "value": lambda s: past_entry(s, 2)}, "not of the kind"),
+    on_version("set-tag", "an entry as evaluation", {"version": "2", "key": EVALUATION, "value": lambda s: past_entry(s, 2)}, "cannot be read"),
     *(on_version("set-tag", f"another {key}", {"version": "2", "key": key, "value": "0" * 64}) for key in
       ("agentkit.release_id", PROMPTS, "agentkit.author", "agentkit.git_commit")),
     on_version("set-tag", "another's registration", {"version": "3", "key": REGISTRATION, "value": lambda s: registration(s, GRACE, 2)}),
@@ -379,7 +393,7 @@ ENTRIES = [
     next_is("that is none", lambda s: "{}", "cannot be read"),
     next_is("1 once more", lambda s: past_entry(s, 1), "it is entry 1"),
     next_is("2 once more", lambda s: past_entry(s, 2), "it is entry 2"),
-    next_is("of another kind", lambda s: s.version_tags(2)[EVALUATION], "not of the kind"),
+    next_is("of another kind", lambda s: s.version_tags(2)[EVALUATION], "cannot be read"),
     next_is("by a key nobody knows", lambda s: entry(s, MALLORY), "not trusted here"),
     next_is("by a revoked key", lambda s: entry(s, ROB), "revoked"),
     next_is("with another's signature", lambda s: with_another_signature(entry(s), past_entry(s, 2)), "does not fit"),
@@ -401,7 +415,7 @@ ENTRIES = [
     next_is("under another number", entry, "is missing", "3"),
     next_is("beside the numbers", entry, "is missing", "last"),
     on_model("set-tag", "history of another system", {"name": "chat", "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, "entry 1 of colours"),
-    on_model("set-tag", "history of a prompt", {"name": PROMPT, "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, "entry 1 of colours"),
+    on_model("set-tag", "history of a prompt", {"name": PROMPT, "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, "is a prompt"),
     on_model("set-tag", "history of what is not there", {"name": "future", "key": f"{KEY}000001", "value": lambda s: past_entry(s, 1)}, status=404),
 ]  # fmt: skip
 OTHERS_PROMPTS = json.dumps({"a": {"name": "greeting", "version": 1, "sha256": "0"}})
@@ -481,7 +495,7 @@ def requests_of(attack: Attack, site: Site) -> Iterator[tuple[str, dict[str, Any
     yield "/api", {"content": text}, (400, attack.status)
     spelled = json.dumps({camel(k): v for k, v in body.items()})
     if spelled != text:
-        yield "/api", {"content": spelled, "headers": kind}, (attack.status,)
+        yield "/api", {"content": spelled, "headers": kind}, (400, attack.status)
 
 
 def refused(site: Site, attack: Attack, *, every_route: bool = True) -> None:
@@ -522,8 +536,7 @@ Try = Callable[[MlflowClient, Site], Any]
 
 def genai(name: str, *arguments: Any) -> Try:
     def attempt(client: MlflowClient, site: Site) -> Any:
-        import mlflow.genai
-        import mlflow.genai.prompts as prompts
+        from mlflow.genai import prompts
 
         return getattr(prompts, name)(*arguments)
 
@@ -742,7 +755,7 @@ def test_a_version_with_a_stolen_release_id_is_not_loaded(guarded: Site, tmp_pat
             with pytest.raises(MlflowException, match="agentkit promote"):
                 client.set_registered_model_alias("colours", "production", made.version)
             with as_user(
-                tmp_path / "fresh",
+                tmp_path / f"fresh{made.version}",
                 "Eve",
                 MLFLOW_TRACKING_URI=guarded.url,
                 AGENTKIT_TRUST=str(guarded.home / "trust.json"),
@@ -784,7 +797,7 @@ def test_an_entry_signed_for_another_server_does_not_count_here(guarded: Site, t
         store.create_registered_model("colours", [RegisteredModelTag("agentkit.system", "true")])
         known = guarded.version_tags(1) | {EVALUATION: guarded.known["old evaluation"]}
         first = [ModelVersionTag(k, v) for k, v in known.items() if k not in (EVALUATION, VERDICT)]
-        store.create_model_version("colours", "models:/m-1", tags=[t for t in first])
+        store.create_model_version("colours", "dummy-source", tags=first)
         store.set_model_version_tag("colours", "1", ModelVersionTag(EVALUATION, known[EVALUATION]))
         with pytest.raises(MlflowException, match="not on this server"):
             store.set_registered_model_tag("colours", RegisteredModelTag(f"{KEY}000001", past_entry(guarded, 1)))
@@ -862,16 +875,17 @@ def test_a_release_goes_its_whole_way(guarded: Site, project: Path) -> None:
     """Register, evaluate, promote in a real kernel, roll back, withdraw: by the commands, with a key in the environment."""
     given = guarded.home / "given"
     judged = ("--golden", str(given / "golden.jsonl"), "--thresholds", str(given / "colours.yaml"), "--repeats", "1")
-    (project / "colours.py").write_text(prepared.source(4))
+    newest = guarded.newest()
     with guarded.used_by():
+        (project / "colours.py").write_text(prepared.source(4))
         assert agentkit("register", "colours.py", "--candidate").code == 0
         with without_kernel():
             assert agentkit("evaluate", "colours/3", *judged).code == 0
         assert guarded.consistent() == 2
         said = agentkit("promote", "--candidates", *judged)
-        assert (said.code, said.err) == (0, "")
-        assert guarded.consistent() == 4
-        assert guarded.load() == guarded.release(4)
+        assert said.code == 0, said.err
+        assert guarded.consistent() == newest
+        assert guarded.load() == guarded.release(newest)
         head = guarded.history.head
         assert head is not None
         assert (head.who, head.move.event, head.move.evidence is not None) == ("Grace", "promoted", True)
@@ -890,10 +904,10 @@ def test_a_release_goes_its_whole_way(guarded: Site, project: Path) -> None:
 
 def test_what_was_never_in_production_may_be_deleted(guarded: Site) -> None:
     with guarded.used_by(MALLORY) as client:
-        client.create_model_version("colours", "models:/colours/3")
-        client.delete_model_version("colours", "5")
+        made = client.create_model_version("colours", "models:/colours/3")
+        client.delete_model_version("colours", made.version)
         with pytest.raises(MlflowException, match="agentkit promote"):
-            client.delete_model_version("colours", "4")  # was, until it was rolled back
+            client.delete_model_version("colours", "1")  # was, once
 
 
 # ---- two at once
@@ -954,7 +968,7 @@ def promote_at_once(site: Site, first: int, second: int, tmp_path: Path) -> None
 
 
 def test_of_two_promotions_at_once_one_wins(guarded: Site, tmp_path: Path) -> None:
-    promote_at_once(guarded, 3, 4, tmp_path)
+    promote_at_once(guarded, 3, guarded.newest(), tmp_path)
 
 
 def one_of_many_wins(site: Site, rounds: int) -> None:
@@ -1028,7 +1042,7 @@ def test_a_server_killed_while_it_writes_leaves_one_clean_outcome(guarded: Site,
 
     if guarded.history.production is None:
         one_of_many_wins(guarded, 1)
-    candidate = 3 if guarded.history.production != 3 else 4
+    candidate = 3 if guarded.history.production != 3 else guarded.newest()
     outcome: list[BaseException] = []
     with guarded.used_by():
         before, entries = guarded.consistent(), len(guarded.history.entries)
@@ -1057,9 +1071,8 @@ def test_a_server_killed_while_it_writes_leaves_one_clean_outcome(guarded: Site,
                 assert again.load() == again.release(before or 0)
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(promotion, "mirror_or_say", lambda *_: kill(again))
-                    with pytest.raises(Exception, match="refused|Connection|Max retries"):
+                    with pytest.raises(Exception, match="Connection refused"):  # by what is done after the move
                         promotion.commit(done, GRACE.key)
-                        again.load()
         assert guarded.consistent() == candidate  # model and prompts moved with the entry
         assert len(guarded.history.entries) == entries + 1
     with as_user(guarded.home, "Ada"):  # on the same store; only the description, which proves nothing, lags behind
@@ -1111,12 +1124,12 @@ def test_on_postgresql_admins_are_refused_too(tmp_path: Path, project: Path) -> 
             for who, status in ((ADMIN, 403), (None, 401), (("admin", "wrong"), 401)):
                 answer = httpx.post(f"{url}/api/2.0/mlflow/registered-models/alias", json=alias, auth=who)
                 assert answer.status_code == status
-            promote_at_once(site, 3, 4, tmp_path)
+            promote_at_once(site, 3, site.newest(), tmp_path)
             one_of_many_wins(site, 4)
 
 
 def promote_two(site: Site, project: Path) -> None:
-    """As the prepared home: versions 1 and 2 of `colours` promoted in turn, 3 and 4 registered."""
+    """As the prepared home: versions 1 and 2 of `colours` promoted in turn, 3 registered."""
     from agentkit_pipelines import promotion
     from agentkit_tracking import registry
 
@@ -1125,7 +1138,7 @@ def promote_two(site: Site, project: Path) -> None:
     for name in ("golden.jsonl", "colours.yaml"):
         (site.home / "given" / name).write_bytes((given / name).read_bytes())
     with site.used_by():
-        for number in (1, 2, 3, 4):
+        for number in (1, 2, 3):
             (project / "colours.py").write_text(prepared.source(number))
             assert registry.register_file("colours.py").number == number
         for number in (1, 2):
@@ -1157,7 +1170,7 @@ def test_on_a_plain_server_it_is_enforced_at_load_only(tmp_path: Path) -> None:
             site.load()
         client.set_registered_model_alias("colours", "production", "3")
         client.set_registered_model_alias("colours", "Production", "1")
-        with pytest.raises(TrustError, match="look-alike|without evidence"):
+        with pytest.raises(TrustError, match="was set without evidence"):
             site.load()
         client.delete_registered_model_alias("colours", "Production")
         client.set_prompt_version_tag(PROMPT, "3", "mlflow.prompt.text", "Say warm.")

@@ -65,9 +65,13 @@ def is_gone(process: psutil.Process, within_s: float = 10) -> bool:
 
 
 @pytest.mark.slow
-def test_each_notebook_has_a_warm_kernel_of_its_own_whatever_the_one_before_did(tmp_path: Path) -> None:
+def test_each_notebook_has_a_warm_kernel_of_its_own_whatever_the_one_before_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTKIT_SIGNING_KEY", "a secret")  # is taken out of the environment, which fits all the same
     with WarmKernels():
         (first,) = kernels_of(os.getpid())
+        assert "AGENTKIT_SIGNING_KEY" not in first.environ()
         assert found(tmp_path / "1")["pid"] == first.pid
         assert is_gone(first)
         (second,) = kernels_of(os.getpid())

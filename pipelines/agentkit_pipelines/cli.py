@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from agentkit.errors import AgentkitError, UsageError
-from agentkit_pipelines import terminal, trust_cli
-
-if TYPE_CHECKING:
-    from agentkit_pipelines.evidence import Plan, Say
-
-OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
+from agentkit_pipelines import data_cli, gate_cli, terminal, trust_cli
+from agentkit_pipelines.gate_cli import CRASH, OK, MaxUsd, Reference, Trusted, Workers, exit_code, fail
 
 app = typer.Typer(
     help="LLM agents from notebook to production.\n\nThe road: `register` a notebook, `evaluate` it, `promote` it through "
@@ -27,19 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Check and import files of examples.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
+app.add_typer(data_cli.data_app, name="data")
 app.add_typer(trust_cli.keys_app, name="keys")
-for command in (trust_cli.verify, trust_cli.reproduce, trust_cli.history):
-    app.command()(command)
-
-Reference = Annotated[str, typer.Argument(help="name@alias, name/3, name (newest), or a release id")]
-Golden = Annotated[Path | None, typer.Option(help="golden set, JSONL [default: data/<system>/golden.jsonl]")]
-Repeats = Annotated[int | None, typer.Option(min=1, help="runs per case [default: 8 free model, 3 paid]")]
-Seed = Annotated[int, typer.Option(help="of the input perturbations; alike for all versions you compare")]
-Workers = Annotated[int | None, typer.Option(min=1, help="runs at the same time [default: by model]")]
-Trusted = Annotated[bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")]
-MaxUsd = Annotated[float | None, typer.Option(min=0, help="stop hard before more than this is spent")]
 
 
 def main() -> None:
@@ -47,26 +32,16 @@ def main() -> None:
     try:
         app()
     except AgentkitError as e:
-        _fail(str(e))
-        sys.exit(_exit_code(e))
+        fail(str(e))
+        sys.exit(exit_code(e))
     except KeyboardInterrupt:
-        _fail("stopped")
+        fail("stopped")
         sys.exit(130)
     except Exception as e:
         if getattr(e, "error_code", "") != "PERMISSION_DENIED":
             raise
-        _fail(f"the server refused: {e}")  # mlflow's, which is not imported for this
+        fail(f"the server refused: {e}")  # mlflow's, which is not imported for this
         sys.exit(CRASH)
-
-
-def _exit_code(error: AgentkitError) -> int:
-    """Wrong use, also where only the notebook's kernel could find it, or a crash."""
-    in_kernel = getattr(error, "error_name", "") in ("UsageError", "DataError", "ModelError")
-    return WRONG_USE if in_kernel or isinstance(error, UsageError) else CRASH
-
-
-def _fail(message: str) -> None:
-    print(f"agentkit: {message}", file=sys.stderr)
 
 
 # ---- register
@@ -91,207 +66,10 @@ def register(
     terminal.console().print(f"{state} [bold]{version}[/bold], release {version.release_id[:12]}")
 
 
-# ---- evaluate and promote
-
-
-def _plan(reference: str, golden: Path | None, thresholds: Path | None, **options: Any) -> Plan:
-    from agentkit_pipelines.evidence import Plan, find_golden
-    from agentkit_tracking.loading import resolve
-
-    version = resolve(reference)
-    return Plan(version, find_golden(version.name, golden), thresholds, **options)
-
-
-@app.command()
-def evaluate(
-    reference: Reference,
-    golden: Golden = None,
-    thresholds: Annotated[Path | None, typer.Option(help="also judge against this file; no alias moves")] = None,
-    repeats: Repeats = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    max_usd: MaxUsd = None,
-    estimate: Annotated[bool, typer.Option("--estimate", help="only say what it would take")] = False,
-    trust: Trusted = False,
-    report: Annotated[
-        Path | None, typer.Option(help="with --thresholds: Markdown to write, as a comment on a pull request")
-    ] = None,
-) -> None:
-    """Run the golden set in a papermill kernel and report figures with 95 % intervals. Moves no alias.
-
-    With --thresholds the exit codes are those of `promote`: 3 failed, 4 inconclusive.
-    """
-    from agentkit_pipelines import evidence, pull_request
-
-    if report is not None and thresholds is None:
-        raise UsageError("--report shows a verdict; give --thresholds FILE.yaml, too")
-    if report is not None and not report.parent.is_dir():
-        raise UsageError(f"there is no folder {report.parent} to write {report.name} to")
-    options = {"repeats": repeats, "seed": seed, "workers": workers, "max_usd": max_usd, "trust": trust}
-    plan = _plan(reference, golden, thresholds, **options)
-    if estimate:
-        return _show_estimate(plan)
-    with terminal.progress("evaluating") as progress:
-        done = evidence.evaluate(plan, progress=progress, say=_say)
-    terminal.show_summary(done)
-    if done.verdict is None:
-        return None
-    terminal.show_verdict(done)
-    if report is not None:
-        pull_request.write(done, report)
-    raise typer.Exit(_exit_code_of(done.verdict.verdict))
-
-
-def _exit_code_of(verdict: str) -> int:
-    return {"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[verdict]
-
-
-def _show_estimate(plan: Plan) -> None:
-    from agentkit.examples import read_examples
-    from agentkit_pipelines import evaluation
-    from agentkit_tracking import loading, registry
-
-    os.environ["AGENTKIT_TRACES"] = "off"
-    loading.require_trusted(plan.version, plan.trust)
-    system = loading.load_folder(*registry.fetch_version(plan.version))
-    repeats = plan.repeats or evaluation.default_repeats(system)
-    found = evaluation.estimate(system, read_examples(plan.golden), repeats, plan.workers)
-    usd = "unknown: no price for this model" if found.usd is None else f"{found.usd:.2f}"
-    terminal.console().print(
-        f"{found.runs} runs ({repeats} repeats), about {found.calls} model calls, {found.tokens_in} tokens in, "
-        f"{found.tokens_out} out, USD {usd}, {found.minutes:.1f} minutes with {system.lm.model}"
-    )
-
-
-@app.command()
-def promote(
-    reference: Annotated[str | None, typer.Argument(help="name@candidate, name/3, … (or --candidates)")] = None,
-    candidates: Annotated[
-        bool, typer.Option("--candidates", help="promote whatever carries the alias `candidate`")
-    ] = False,
-    watch: Annotated[
-        float | None,
-        typer.Option(
-            min=1,
-            metavar="SECONDS",
-            help="with --candidates: look for them so often, with a warm kernel at hand, until Ctrl-C or SIGTERM",
-        ),
-    ] = None,
-    golden: Golden = None,
-    thresholds: Annotated[Path | None, typer.Option(help="YAML [default: thresholds/<system>.yaml]")] = None,
-    repeats: Repeats = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    max_usd: MaxUsd = None,
-    trust: Trusted = False,
-) -> None:
-    """Evaluate, judge, and on the verdict `pass` set `production`. Exit code 3: failed, 4: inconclusive."""
-    from agentkit_pipelines import promotion
-
-    if (reference is None) == (not candidates):
-        raise UsageError("give a reference or --candidates, one of them")
-    if trust and candidates:
-        raise UsageError("--trust is for a version that you name; anybody may set the alias `candidate`")
-    if watch is not None:
-        if not candidates:
-            raise UsageError("--watch looks for candidates; give --candidates, too")
-        _keep_promoting(watch, golden, thresholds, repeats, seed, workers, max_usd, False)
-        return
-    chosen = [str(v) for v in promotion.candidates()] if candidates else [str(reference)]
-    if not chosen:
-        terminal.console().print("no version carries the alias `candidate`")
-    codes = []
-    for one in chosen:
-        try:
-            codes.append(
-                _promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd, trust, say=_say)
-            )
-        except AgentkitError as e:
-            if not candidates:
-                raise
-            _fail(f"{one}: {e}")  # the others still get their turn
-            codes.append(_exit_code(e))
-    worst = [code for code in (CRASH, WRONG_USE, FAILED, INCONCLUSIVE) if code in codes]
-    raise typer.Exit(worst[0] if worst else OK)
-
-
-def _keep_promoting(every_s: float, *options: Any) -> None:
-    from agentkit_pipelines.watching import keep_promoting
-
-    keep_promoting(lambda one, say: _promote(one, True, *options, say=say), every_s, _say)
-
-
-def _promote(
-    one: str,
-    asked: bool,
-    golden: Path | None,
-    thresholds: Path | None,
-    repeats: int | None,
-    *rest: Any,
-    say: Say,
-) -> int:
-    from agentkit_pipelines import evidence, promotion
-
-    seed, workers, max_usd, trust = rest
-    plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd, trust=trust)
-    plan = _with_thresholds(plan, thresholds, may_begin=not asked)
-    if asked and (verdict := evidence.judged_alike(plan)):
-        say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
-        return OK
-    with terminal.progress(f"evaluating {plan.version}") as progress:
-        done = promotion.promote(plan, progress=progress, say=_say)
-    terminal.show_verdict(done)
-    assert done.verdict is not None
-    return _exit_code_of(done.verdict.verdict)
-
-
-def _with_thresholds(plan: Plan, given: Path | None, may_begin: bool) -> Plan:
-    from dataclasses import replace
-
-    from agentkit_pipelines.evidence import find_thresholds, first_thresholds
-
-    try:
-        return replace(plan, thresholds=find_thresholds(plan.version.name, given))
-    except UsageError:
-        place = first_thresholds(plan.version.name) if may_begin and given is None else None
-        if place is None:
-            raise
-    _say(f"[yellow]no thresholds yet: {terminal.short(place)} was written to begin with; make it your own bar[/yellow]")
-    return replace(plan, thresholds=place)
-
-
-def _say(message: str) -> None:
-    terminal.console().print(message)
-
-
-@app.command()
-def rollback(
-    system: Annotated[str, typer.Argument(help="name of the system")],
-    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
-) -> None:
-    """Put the previous production release back, whole."""
-    from agentkit_pipelines import promotion
-    from agentkit_tracking.loading import RELOAD_S
-
-    left, now = promotion.rollback(system, why=why)
-    terminal.console().print(
-        f"[bold]{now}[/bold] is in production again, {left or 'nothing'} was before. Processes that follow the alias change over within "
-        f"{RELOAD_S:g} s; runs under way finish with the release they began with."
-    )
-
-
-@app.command()
-def withdraw(
-    system: Annotated[str, typer.Argument(help="name of the system")],
-    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
-) -> None:
-    """Take production out and leave nothing there: loads of NAME@production are refused until a promotion or rollback."""
-    from agentkit_pipelines import promotion
-
-    left = promotion.withdraw(system, why=why)
-    terminal.console().print(
-        f"[bold]{left}[/bold] is out; nothing is {system}@production until you promote or roll back"
-    )
+app.command()(gate_cli.evaluate)
+app.command()(gate_cli.promote)
+app.command()(gate_cli.rollback)
+app.command()(gate_cli.withdraw)
 
 
 # ---- run and batch
@@ -322,7 +100,7 @@ def run(
     inputs: dict[str, Any] = {names[0] if names else "text": text, **_pairs(given or [])}
     for name in sorted(required - inputs.keys()):
         inputs[name] = ""  # a quick try from the shell; an unknown customer, say
-        _fail(f"no {name} given, running with an empty one; give it with -i {name}=…")
+        fail(f"no {name} given, running with an empty one; give it with -i {name}=…")
     with approve_with(_ask) if approve else nullcontext():
         record = system.run(**inputs)
     if as_json:
@@ -495,57 +273,9 @@ def log(
     terminal.console().print(table)
 
 
-@data_app.command("check")
-def data_check(
-    file: Annotated[Path, typer.Argument(help="JSONL of examples")],
-    against: Annotated[
-        list[Path] | None, typer.Option(help="also look for near-duplicates of these files' cases")
-    ] = None,
-) -> None:
-    """Check a file of examples against the schema; report class balance and near-duplicates. Exit code 2 if it is wrong."""
-    from rich.table import Table
-
-    from agentkit.example_checks import check_examples
-
-    found = check_examples(file, against=against or [])
-    console = terminal.console()
-    console.print(f"{file}: {found.count} examples, sha256 {found.sha256[:12]}")
-    table = Table("field", "values")
-    table.add_row("task_type", _counts(found.by_task_type))
-    table.add_row("tags", _counts(found.by_tag))
-    for name, balance in found.balance.items():
-        table.add_row(f"expected.{name}", _counts(balance))
-    console.print(table)
-    for pair in found.near_duplicates[:20]:
-        console.print(f"[yellow]near-duplicates[/yellow] {pair[0]} and {pair[1]}: similarity {pair[2]:.2f}")
-    raise typer.Exit(WRONG_USE if found.near_duplicates else OK)
-
-
-def _counts(counts: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in counts.items()) or "–"
-
-
-@data_app.command("import")
-def data_import(
-    source: Annotated[Path, typer.Argument(help="CSV, Parquet or JSONL table")],
-    target: Annotated[Path, typer.Argument(help="JSONL of examples to write")],
-    inputs: Annotated[str, typer.Option(help="input columns, comma-separated")],
-    expected: Annotated[str, typer.Option(help="expected columns, comma-separated")] = "",
-    task_type: Annotated[str, typer.Option(help="column, or =constant")] = "=default",
-    id_column: Annotated[str | None, typer.Option(help="column of unique ids [default: numbered]")] = None,
-    tags: Annotated[str | None, typer.Option(help="column of comma-separated tags")] = None,
-) -> None:
-    """Turn a table into a file of examples."""
-    from agentkit.example_tables import import_examples
-    from agentkit.examples import write_examples
-
-    if target.exists():
-        raise UsageError(f"{target} exists; delete it or choose another name")
-    names = [n.strip() for n in inputs.split(",") if n.strip()]
-    answers = [n.strip() for n in expected.split(",") if n.strip()]
-    found = import_examples(source, id=id_column, inputs=names, expected=answers, task_type=task_type, tags=tags)
-    write_examples(target, found)
-    terminal.console().print(f"{len(found)} examples written to {target}")
+app.command()(trust_cli.history)
+app.command()(trust_cli.verify)
+app.command()(trust_cli.reproduce)
 
 
 # ---- services

@@ -94,9 +94,9 @@ class _Kernel:
     """A kernel process that imports what is heavy, or has done so and waits."""
 
     def __init__(self) -> None:
-        self._place = _here()
         with ExitStack() as stack:
             options = stack.enter_context(kernel_options())
+            self._place = _here()  # now that the signing key has been taken out of it
             options["extra_arguments"] += [f"--IPKernelApp.extra_extensions={warm_up.__name__}"]
             client = NotebookClient(nbformat.v4.new_notebook(), kernel_name=KERNEL, **options)
             self.manager: KernelManager = client.create_kernel_manager()

@@ -220,7 +220,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             trust = _trust()
             with _refusing(name):
                 if _IS_PROMPT in before:
-                    raise TrustError(f"{name} is a prompt; somebody took the name before the system was registered")
+                    raise TrustError(f"{name} is a prompt, no system; perhaps somebody took the name in time")
                 if tag.key in before:
                     raise TrustError(f"entry {tag.key.removeprefix(KEY)} is there already; somebody else was faster")
                 history = histories.parse(name, {**before, tag.key: tag.value}, trust)

@@ -1,0 +1,234 @@
+"""The commands that judge and move: evaluate, promote, rollback, withdraw; and what they share with the others."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentkit.errors import AgentkitError, UsageError
+from agentkit_pipelines import terminal
+
+if TYPE_CHECKING:
+    from agentkit_pipelines.evidence import Plan, Say
+
+OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
+
+Reference = Annotated[str, typer.Argument(help="name@alias, name/3, name (newest), or a release id")]
+Golden = Annotated[Path | None, typer.Option(help="golden set, JSONL [default: data/<system>/golden.jsonl]")]
+Repeats = Annotated[int | None, typer.Option(min=1, help="runs per case [default: 8 free model, 3 paid]")]
+Seed = Annotated[int, typer.Option(help="of the input perturbations; alike for all versions you compare")]
+Workers = Annotated[int | None, typer.Option(min=1, help="runs at the same time [default: by model]")]
+Trusted = Annotated[bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")]
+MaxUsd = Annotated[float | None, typer.Option(min=0, help="stop hard before more than this is spent")]
+
+
+def exit_code(error: AgentkitError) -> int:
+    """Wrong use, also where only the notebook's kernel could find it, or a crash."""
+    in_kernel = getattr(error, "error_name", "") in ("UsageError", "DataError", "ModelError")
+    return WRONG_USE if in_kernel or isinstance(error, UsageError) else CRASH
+
+
+def fail(message: str) -> None:
+    """One line on stderr."""
+    print(f"agentkit: {message}", file=sys.stderr)
+
+
+def _plan(reference: str, golden: Path | None, thresholds: Path | None, **options: Any) -> Plan:
+    from agentkit_pipelines.evidence import Plan, find_golden
+    from agentkit_tracking.loading import resolve
+
+    version = resolve(reference)
+    return Plan(version, find_golden(version.name, golden), thresholds, **options)
+
+
+def evaluate(
+    reference: Reference,
+    golden: Golden = None,
+    thresholds: Annotated[Path | None, typer.Option(help="also judge against this file; no alias moves")] = None,
+    repeats: Repeats = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    max_usd: MaxUsd = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="only say what it would take")] = False,
+    trust: Trusted = False,
+    report: Annotated[
+        Path | None, typer.Option(help="with --thresholds: Markdown to write, as a comment on a pull request")
+    ] = None,
+) -> None:
+    """Run the golden set in a papermill kernel and report figures with 95 % intervals. Moves no alias.
+
+    With --thresholds the exit codes are those of `promote`: 3 failed, 4 inconclusive.
+    """
+    from agentkit_pipelines import evidence, pull_request
+
+    if report is not None and thresholds is None:
+        raise UsageError("--report shows a verdict; give --thresholds FILE.yaml, too")
+    if report is not None and not report.parent.is_dir():
+        raise UsageError(f"there is no folder {report.parent} to write {report.name} to")
+    options = {"repeats": repeats, "seed": seed, "workers": workers, "max_usd": max_usd, "trust": trust}
+    plan = _plan(reference, golden, thresholds, **options)
+    if estimate:
+        return _show_estimate(plan)
+    with terminal.progress("evaluating") as progress:
+        done = evidence.evaluate(plan, progress=progress, say=_say)
+    terminal.show_summary(done)
+    if done.verdict is None:
+        return None
+    terminal.show_verdict(done)
+    if report is not None:
+        pull_request.write(done, report)
+    raise typer.Exit(_exit_code_of(done.verdict.verdict))
+
+
+def _exit_code_of(verdict: str) -> int:
+    return {"pass": OK, "fail": FAILED, "inconclusive": INCONCLUSIVE}[verdict]
+
+
+def _show_estimate(plan: Plan) -> None:
+    from agentkit.examples import read_examples
+    from agentkit_pipelines import evaluation
+    from agentkit_tracking import loading, registry
+
+    os.environ["AGENTKIT_TRACES"] = "off"
+    loading.require_trusted(plan.version, plan.trust)
+    system = loading.load_folder(*registry.fetch_version(plan.version))
+    repeats = plan.repeats or evaluation.default_repeats(system)
+    found = evaluation.estimate(system, read_examples(plan.golden), repeats, plan.workers)
+    usd = "unknown: no price for this model" if found.usd is None else f"{found.usd:.2f}"
+    terminal.console().print(
+        f"{found.runs} runs ({repeats} repeats), about {found.calls} model calls, {found.tokens_in} tokens in, "
+        f"{found.tokens_out} out, USD {usd}, {found.minutes:.1f} minutes with {system.lm.model}"
+    )
+
+
+def promote(
+    reference: Annotated[str | None, typer.Argument(help="name@candidate, name/3, … (or --candidates)")] = None,
+    candidates: Annotated[
+        bool, typer.Option("--candidates", help="promote whatever carries the alias `candidate`")
+    ] = False,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="SECONDS",
+            help="with --candidates: look for them so often, with a warm kernel at hand, until Ctrl-C or SIGTERM",
+        ),
+    ] = None,
+    golden: Golden = None,
+    thresholds: Annotated[Path | None, typer.Option(help="YAML [default: thresholds/<system>.yaml]")] = None,
+    repeats: Repeats = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    max_usd: MaxUsd = None,
+    trust: Trusted = False,
+    why: Annotated[str, typer.Option(help="recorded with who and when")] = "the gate passed",
+) -> None:
+    """Evaluate, judge, and on the verdict `pass` set `production`. Exit code 3: failed, 4: inconclusive."""
+    from agentkit_pipelines import promotion
+
+    if (reference is None) == (not candidates):
+        raise UsageError("give a reference or --candidates, one of them")
+    if trust and candidates:
+        raise UsageError("--trust is for a version that you name; anybody may set the alias `candidate`")
+    if watch is not None:
+        if not candidates:
+            raise UsageError("--watch looks for candidates; give --candidates, too")
+        _keep_promoting(watch, golden, thresholds, repeats, seed, workers, max_usd, False, why)
+        return
+    chosen = [str(v) for v in promotion.candidates()] if candidates else [str(reference)]
+    if not chosen:
+        terminal.console().print("no version carries the alias `candidate`")
+    codes = []
+    for one in chosen:
+        try:
+            codes.append(
+                _promote(one, candidates, golden, thresholds, repeats, seed, workers, max_usd, trust, why, say=_say)
+            )
+        except AgentkitError as e:
+            if not candidates:
+                raise
+            fail(f"{one}: {e}")  # the others still get their turn
+            codes.append(exit_code(e))
+    worst = [code for code in (CRASH, WRONG_USE, FAILED, INCONCLUSIVE) if code in codes]
+    raise typer.Exit(worst[0] if worst else OK)
+
+
+def _keep_promoting(every_s: float, *options: Any) -> None:
+    from agentkit_pipelines.watching import keep_promoting
+
+    keep_promoting(lambda one, say: _promote(one, True, *options, say=say), every_s, _say)
+
+
+def _promote(
+    one: str,
+    asked: bool,
+    golden: Path | None,
+    thresholds: Path | None,
+    repeats: int | None,
+    *rest: Any,
+    say: Say,
+) -> int:
+    from agentkit_pipelines import evidence, promotion
+
+    seed, workers, max_usd, trust, why = rest
+    plan = _plan(one, golden, None, repeats=repeats, seed=seed, workers=workers, max_usd=max_usd, trust=trust)
+    plan = _with_thresholds(plan, thresholds, may_begin=not asked)
+    if asked and (verdict := evidence.judged_alike(plan)):
+        say(f"{one}: already judged ({verdict}) on this golden set, these thresholds and against this production")
+        return OK
+    with terminal.progress(f"evaluating {plan.version}") as progress:
+        done = promotion.promote(plan, why=why, progress=progress, say=_say)
+    terminal.show_verdict(done)
+    assert done.verdict is not None
+    return _exit_code_of(done.verdict.verdict)
+
+
+def _with_thresholds(plan: Plan, given: Path | None, may_begin: bool) -> Plan:
+    from dataclasses import replace
+
+    from agentkit_pipelines.evidence import find_thresholds, first_thresholds
+
+    try:
+        return replace(plan, thresholds=find_thresholds(plan.version.name, given))
+    except UsageError:
+        place = first_thresholds(plan.version.name) if may_begin and given is None else None
+        if place is None:
+            raise
+    _say(f"[yellow]no thresholds yet: {terminal.short(place)} was written to begin with; make it your own bar[/yellow]")
+    return replace(plan, thresholds=place)
+
+
+def _say(message: str) -> None:
+    terminal.console().print(message)
+
+
+def rollback(
+    system: Annotated[str, typer.Argument(help="name of the system")],
+    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
+) -> None:
+    """Put the previous production release back, whole."""
+    from agentkit_pipelines import promotion
+    from agentkit_tracking.loading import RELOAD_S
+
+    left, now = promotion.rollback(system, why=why)
+    terminal.console().print(
+        f"[bold]{now}[/bold] is in production again, {left or 'nothing'} was before. Processes that follow the alias change over within "
+        f"{RELOAD_S:g} s; runs under way finish with the release they began with."
+    )
+
+
+def withdraw(
+    system: Annotated[str, typer.Argument(help="name of the system")],
+    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
+) -> None:
+    """Take production out and leave nothing there: loads of NAME@production are refused until a promotion or rollback."""
+    from agentkit_pipelines import promotion
+
+    left = promotion.withdraw(system, why=why)
+    terminal.console().print(
+        f"[bold]{left}[/bold] is out; nothing is {system}@production until you promote or roll back"
+    )
