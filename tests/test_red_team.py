@@ -39,7 +39,7 @@ from agentkit_tracking.keys import SigningKey, Trust
 from agentkit_tracking.registry import EVALUATION, PROMPTS, REGISTRATION, VERDICT
 from agentkit_tracking.statements import Evaluation, Evidence, Move, Registration, read, sign, signer
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*stage.* deprecated:FutureWarning")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*registry stages:FutureWarning")]
 ANYBODY = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 ADMIN = ("admin", "correct-horse-battery")
 TABLES = (
@@ -255,7 +255,7 @@ def entry(site: Site, who: Person = GRACE, /, **changes: Any) -> str:
     facts = {
         "system": "colours", "release": site.release(3), "time": datetime.now(UTC), "signer": signer(who.key),
         "event": "promoted", "sequence": head.move.sequence + 1, "before": head.signed.digest, "version": 3,
-        "left_version": head.move.version, "left_release": head.move.release, "why": "",
+        "left_version": head.move.version, "left_release": head.move.release if head.move.version else None, "why": "",
         "prompts": hashlib.sha256(site.version_tags(3)[PROMPTS].encode()).hexdigest(),
         "evidence": proof_of(site),
     }  # fmt: skip
@@ -840,8 +840,7 @@ def test_others_work_as_on_any_server(guarded: Site) -> None:
         client.delete_prompt_version("hello", "1")
         client.delete_prompt_version("hello", "2")
         client.delete_prompt("hello")
-    assert guarded.state() != before  # names of experiments that prompts are linked to, and times
-    assert {n for (n,) in guarded.sql("SELECT name FROM registered_models")} == {"colours", PROMPT, "chat", "greeting"}
+    assert guarded.state() == before
 
 
 def test_of_a_system_everything_else_may_be_changed_and_read(guarded: Site) -> None:
@@ -863,7 +862,7 @@ def test_of_a_system_everything_else_may_be_changed_and_read(guarded: Site) -> N
         assert [m.name for m in client.search_registered_models("name LIKE 'col%'")] == ["colours"]
         assert {p.name for p in client.search_prompts()} == {PROMPT, "greeting"}
         found = client.search_model_versions(f"name = 'colours' and tags.`{VERDICT}` = 'pass'")
-        assert [v.version for v in found] == [2]
+        assert [str(v.version) for v in found] == ["2"]
         assert client.get_model_version_by_alias("colours", "production").version == "2"
         assert client.load_prompt(f"prompts:/{PROMPT}@production").version == 2
         for name, alias in (("colours", "candidate"), ("colours", "champion"), (PROMPT, "beta")):
@@ -897,7 +896,7 @@ def test_a_release_goes_its_whole_way(guarded: Site, project: Path) -> None:
         with pytest.raises(ReleaseError, match="no version in production"):
             guarded.load()
         assert agentkit("rollback", "colours").code == 0
-        assert guarded.consistent() == 2
+        assert guarded.consistent() == 1  # the one before the one that was withdrawn
         assert "slow" in described(guarded)
         assert "enforced by the store and at load" in " ".join(agentkit("doctor").out.split())
 
