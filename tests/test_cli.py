@@ -168,4 +168,4 @@ def test_doctor_names_what_is_wrong_and_what_to_do(sh, monkeypatch):
     assert "export OPENAI_API_KEY=" in out
     monkeypatch.delenv("AGENTKIT_LM")
     code, out, _ = sh("doctor")
-    assert (code, "enforced at load only" in out) == (0, True)
+    assert (code, "enforced by the store (for agentkit" in " ".join(out.split())) == (0, True)

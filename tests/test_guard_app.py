@@ -34,6 +34,7 @@ OPEN_RUN, STRANGER = "1" * 32, "2" * 32
 MPU = "/api/2.0/mlflow-artifacts/mpu/create/1/x/artifacts"
 JOBS = "/ajax-api/3.0/jobs/"
 ADMIN = ("admin", "correct-horse-battery")
+PATIENCE = 60.0  # seconds; a busy machine is slow, not wrong
 
 # ---- the middleware alone, in front of an application that says yes to everything
 
@@ -628,9 +629,13 @@ def untouched(guarded: Sealed) -> Iterator[Sealed]:
     assert guarded.state() == before
 
 
+def web(method: str, url: str, **more: Any) -> httpx.Response:
+    return httpx.request(method, url, timeout=PATIENCE, **more)
+
+
 def raw(url: str, method: str, path: str, body: bytes = b"") -> int:
     """The status of a request whose path goes out as it is; httpx would tidy it up."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         return connection.getresponse().status
@@ -644,14 +649,14 @@ API = ("/api", "/ajax-api")
 
 @slow
 def test_the_guard_says_that_it_is_there(guarded: Sealed) -> None:
-    assert httpx.get(f"{guarded.url}/agentkit/guard").json() == {"guard": True, "registry": True}
+    assert web("GET", f"{guarded.url}/agentkit/guard").json() == {"guard": True, "registry": True}
 
 
 @slow
 @pytest.mark.parametrize("api", API)
 def test_a_server_refuses_each_tracking_route(untouched: Sealed, api: str) -> None:
     for method, path, body in attacks(untouched.run, untouched.model, untouched.experiment):
-        answer = httpx.request(method, f"{untouched.url}{api}/{path}", json=body)
+        answer = web(method, f"{untouched.url}{api}/{path}", json=body)
         assert (answer.status_code, answer.json()["error_code"]) == (403, "PERMISSION_DENIED"), (path, answer.text)
         assert "`agentkit promote`" in answer.json()["message"]
 
@@ -667,14 +672,15 @@ def test_a_server_refuses_to_write_or_delete_sealed_artifacts(untouched: Sealed,
                      folder.replace(run, quote(quote("".join(f"%{ord(c):02x}" for c in run)))) + "/x",
                      folder.replace("/artifacts", "%2Fartifacts%252Fx"), folder[:9] + "%09" + folder[9:] + "/x"):  # fmt: skip
             for method in ("PUT", "DELETE"):
-                assert httpx.request(
-                    method, f"{untouched.url}{here}/artifacts/{path}", content=b"forged"
-                ).status_code in (400, 403)
+                assert web(method, f"{untouched.url}{here}/artifacts/{path}", content=b"forged").status_code in (
+                    400,
+                    403,
+                )
         for step in ("create", "complete", "abort"):
-            answer = httpx.post(f"{untouched.url}{here}/mpu/{step}/{folder}", json={"path": "a.txt", "num_parts": 1})
+            answer = web("POST", f"{untouched.url}{here}/mpu/{step}/{folder}", json={"path": "a.txt", "num_parts": 1})
             assert answer.status_code == 403
         assert (
-            httpx.put(f"{untouched.url}{here}/artifacts/{folder}/new", content=b"x").json()["error_code"]
+            web("PUT", f"{untouched.url}{here}/artifacts/{folder}/new", content=b"x").json()["error_code"]
             == "PERMISSION_DENIED"
         )
     for above in (experiment, f"{experiment}/", f"./{experiment}", f"{experiment}/models", f"%2e/{experiment}", quote(f"%2e/{experiment}"),
@@ -686,9 +692,9 @@ def test_a_server_refuses_to_write_or_delete_sealed_artifacts(untouched: Sealed,
         f"path=x&run%5Fuuid={run}",
         f"run_uuid=%{ord(run[0]):02x}{run[1:]}&path=x",
     ):
-        assert httpx.post(f"{ours}/upload-artifact?{query}", content=b"forged").status_code == 403
+        assert web("POST", f"{ours}/upload-artifact?{query}", content=b"forged").status_code == 403
     for named in ({"run_id": run}, {"model_id": model}, {"runId": untouched.open}, {"modelId": untouched.draft}):
-        answer = httpx.post(f"{ours}/artifacts/presigned-upload-url", json={**named, "path": "x"})
+        answer = web("POST", f"{ours}/artifacts/presigned-upload-url", json={**named, "path": "x"})
         assert answer.status_code == 403, answer.text
 
 
@@ -712,19 +718,19 @@ def test_a_server_refuses_whatever_the_request_looks_like(untouched: Sealed) -> 
         pieces(),
     ]
     for body in bodies:
-        answer = httpx.post(f"{there}/delete", content=body, headers={"Content-Type": "application/json"})
+        answer = web("POST", f"{there}/delete", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code in (400, 403, 404), answer.text
     for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json;charset=utf-7"):
-        answer = httpx.post(f"{there}/delete", content=plain, headers={"Content-Type": kind})
+        answer = web("POST", f"{there}/delete", content=plain, headers={"Content-Type": kind})
         assert answer.status_code in (400, 403)
     for path in ("//delete", "/./delete", "/%64elete", "/delete/", "/delete?run_id=x", "/delete%3Fx"):
-        answer = httpx.post(there + path, json={"run_id": run}, follow_redirects=True)
+        answer = web("POST", there + path, json={"run_id": run}, follow_redirects=True)
         assert answer.status_code in (400, 403, 404, 405), (path, answer.text)
         status = raw(untouched.url, "POST", f"/api/2.0/mlflow/runs{path}", json.dumps({"run_id": run}).encode())
         assert status in (308, 400, 403, 404, 405), path
     for method in ("GET", "HEAD", "PUT", "PATCH", "delete", "POST"):
         headers = {"X-HTTP-Method-Override": "POST"}
-        assert httpx.request(method, f"{there}/delete", content=plain, headers=headers).status_code >= 400
+        assert web(method, f"{there}/delete", content=plain, headers=headers).status_code >= 400
 
 
 @slow
@@ -771,12 +777,12 @@ def test_what_names_no_sealed_thing_in_its_request_changes_none(untouched: Seale
         "x-mlflow-experiment-id": "0",
         "x-mlflow-run-id": untouched.run,
     }
-    answer = httpx.post(f"{untouched.url}/v1/traces", content=spans.SerializeToString(), headers=headers)
+    answer = web("POST", f"{untouched.url}/v1/traces", content=spans.SerializeToString(), headers=headers)
     assert answer.status_code == 200  # the trace is kept, the link to the run is not
     assert len(untouched.client.search_traces(locations=["0"])) == 1
     for run in (untouched.run, untouched.open):
         params = {"run_id": run, "trace_ids": [], "serialized_scorers": []}
-        answer = httpx.post(f"{untouched.url}{JOBS}", json={"job_name": "invoke_genai_evaluate", "params": params})
+        answer = web("POST", f"{untouched.url}{JOBS}", json={"job_name": "invoke_genai_evaluate", "params": params})
         assert answer.status_code == 403
 
 
@@ -793,7 +799,7 @@ def test_an_upload_that_outlasts_its_run_is_refused(guarded: Sealed) -> None:
         yield b"forged"
 
     path = f"{guarded.experiment}/{run}/artifacts/evidence"
-    answer = httpx.put(f"{guarded.url}/api/2.0/mlflow-artifacts/artifacts/{path}/a.txt", content=slowly(), timeout=30)
+    answer = web("PUT", f"{guarded.url}/api/2.0/mlflow-artifacts/artifacts/{path}/a.txt", content=slowly())
     assert ended.is_set()
     assert answer.status_code == 403
     assert [(f.name, f.read_text()) for f in (guarded.home / "artifacts" / path).iterdir()] == [
@@ -807,7 +813,7 @@ def test_neighbours_stay_free(untouched: Sealed) -> None:
     client.set_tag(other, "a", "b")
     client.log_text(other, "later", "evidence/b.txt")
     path = f"{untouched.experiment}/{other}/artifacts/evidence/b.txt"
-    assert httpx.delete(f"{untouched.url}/api/2.0/mlflow-artifacts/artifacts/{path}").status_code == 200
+    assert web("DELETE", f"{untouched.url}/api/2.0/mlflow-artifacts/artifacts/{path}").status_code == 200
     assert not (untouched.home / "artifacts" / path).exists()
     client.delete_run(other)
     client.restore_run(other)
@@ -816,7 +822,7 @@ def test_neighbours_stay_free(untouched: Sealed) -> None:
     client.rename_experiment(experiment, "somewhere")
     client.delete_experiment(experiment)
     query = {"query": f'{{mlflowGetRun(input: {{runId: "{untouched.run}"}}) {{run {{info {{runId}}}}}}}}'}
-    answer = httpx.post(f"{untouched.url}/graphql", json=query)
+    answer = web("POST", f"{untouched.url}/graphql", json=query)
     assert answer.json()["data"]["mlflowGetRun"]["run"]["info"]["runId"] == untouched.run
     assert client.search_logged_models([untouched.experiment], filter_string="name != ''")
     assert Path(client.download_artifacts(untouched.run, "evidence/a.txt")).read_text() == "what happened"
@@ -870,11 +876,11 @@ def test_normal_work_passes_and_is_sealed_by_its_end(
     about = {"mlflow.modelId": model.model_id, "mlflow.sourceRun": done.run_id}
     info = {"trace_id": "tr-1", "trace_location": where, "request_time": "2026-11-01T00:00:00Z", "state": "OK"}
     trace = {"trace": {"trace_info": {**info, "trace_metadata": about}}}
-    assert httpx.post(f"{guarded.url}/api/3.0/mlflow/traces", json=trace).status_code == 200
+    assert web("POST", f"{guarded.url}/api/3.0/mlflow/traces", json=trace).status_code == 200
 
     before = state_of(guarded.home, done.run_id, model.model_id, "'shout'")
     for method, path, body in attacks(done.run_id, model.model_id, model.experiment_id):
-        assert httpx.request(method, f"{guarded.url}/api/{path}", json=body).status_code == 403, path
+        assert web(method, f"{guarded.url}/api/{path}", json=body).status_code == 403, path
     assert state_of(guarded.home, done.run_id, model.model_id, "'shout'") == before
 
 
@@ -892,7 +898,7 @@ def test_users_and_admins_are_refused_alike_and_strangers_before_them(tmp_path: 
     arguments = [*registry(tmp_path), "--app-name", "agentkit-basic-auth"]
     with mlflow_server(tmp_path, *arguments, workers=2, prefix="/ml", **settings) as url:
         user = ("nobody", "a-long-enough-password")
-        with httpx.Client(base_url=url, auth=ADMIN) as admin:
+        with httpx.Client(base_url=url, auth=ADMIN, timeout=PATIENCE) as admin:
             made = admin.post("/api/2.0/mlflow/users/create", json={"username": user[0], "password": user[1]})
             assert made.status_code == 200, made.text
             assert admin.get("/agentkit/guard").json() == {"guard": True, "registry": True}
@@ -904,7 +910,7 @@ def test_users_and_admins_are_refused_alike_and_strangers_before_them(tmp_path: 
                 admin.post("/api/2.0/mlflow/runs/update", json={"run_id": run, "status": "FINISHED"}).status_code == 200
             )
         for who, status in ((None, 401), (("nobody", "wrong"), 401), (user, 403), (ADMIN, 403)):
-            with httpx.Client(base_url=url, auth=who) as client:
+            with httpx.Client(base_url=url, auth=who, timeout=PATIENCE) as client:
                 answers = [
                     client.post("/api/2.0/mlflow/runs/delete", json={"run_id": run}),
                     client.post(
@@ -919,10 +925,10 @@ def test_users_and_admins_are_refused_alike_and_strangers_before_them(tmp_path: 
             for answer in answers:
                 assert answer.status_code in (401, 403)
                 assert status == 401 or "agentkit promote" in answer.json()["message"]
-        after = httpx.get(f"{url}/api/2.0/mlflow/runs/get?run_id={run}", auth=ADMIN).json()["run"]
+        after = web("GET", f"{url}/api/2.0/mlflow/runs/get?run_id={run}", auth=ADMIN).json()["run"]
         assert after["info"]["lifecycle_stage"] == "active"
         assert {t["key"] for t in after["data"]["tags"]} == {"agentkit.kind", "mlflow.runName"}
-        assert httpx.get(artifact, auth=ADMIN).content == b"what happened"
+        assert web("GET", artifact, auth=ADMIN).content == b"what happened"
 
 
 # ---- starting

@@ -162,6 +162,18 @@ def test_the_private_key_comes_from_the_environment_a_named_file_or_the_home_in_
     assert keys.signing_key().public.id == at_home
 
 
+def test_a_key_taken_from_the_environment_signs_and_is_inherited_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels inherit the environment, and execute what a release holds."""
+    pem = private_pem()
+    identity = keys.trust_key(public_pem(pem).encode(), "ci").id
+    monkeypatch.setenv("AGENTKIT_SIGNING_KEY", pem)
+    keys.take_from_environment()
+    assert "AGENTKIT_SIGNING_KEY" not in os.environ
+    assert keys.signing_key().public.id == identity
+    assert re.search(rf"→ +│ {identity}", said("list")[1])
+    assert "unset it" in refused("rotate")
+
+
 def test_a_named_file_that_is_not_there_is_no_reason_to_make_a_key(
     own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

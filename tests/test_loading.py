@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence import Store, agentkit, as_user, promoted
+from evidence import Store, agentkit, as_user, promoted, source
 
 from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
 from agentkit_pipelines import promotion
 from agentkit_tracking import history as histories
 from agentkit_tracking import keys, loading, production, registry
+from agentkit_tracking import manifest as manifests
 from agentkit_tracking.history import KEY
 from agentkit_tracking.home import connect
 from agentkit_tracking.keys import SigningKey, Trust, _generate
+from agentkit_tracking.source import load_entry, parse_entry
 from agentkit_tracking.statements import Evidence, Registration, sign
 
 EVE = SigningKey(*_generate("Eve", local=False))
@@ -596,6 +598,34 @@ def test_nothing_is_compared_with_another_release_than_the_one_in_production(sto
     put(store, "agentkit.release_id", tag(store, "agentkit.release_id", 3))
     with pytest.raises(TrustError, match=r"colours/2 says release \w+, signed was \w+"):
         store.evaluate("colours/1")
+    assert not executed()
+
+
+def test_prompts_that_somebody_foisted_on_a_release_are_not_promoted_with_it(store: Store) -> None:
+    """A version in whose tag another text passes for the prompt that is registered next; anybody may make one."""
+    source_of_4 = store.home / "given" / "colours.py"
+    source_of_4.write_text(source(4))
+    entry_of_4 = parse_entry(source_of_4)
+    [state] = manifests.build(load_entry(entry_of_4), entry_of_4)[0].prompts.values()
+    executed()
+    digest = manifests.sha256(json.dumps(state, sort_keys=True).encode())
+    foisted = connect().register_prompt("colours.program", template="Always say cold.")
+    named = {"program": {"name": "colours.program", "version": int(foisted.version), "sha256": digest}}
+    model = registry.resolve("colours/3").model_id
+    connect().create_model_version(
+        "colours", f"models:/{model}", model_id=model, tags={"agentkit.prompts": json.dumps(named)}
+    )
+    version = registry.register_file(source_of_4)
+    executed()
+    text_in_mlflow = (
+        connect()
+        .get_prompt_version("colours.program", str(registry.prompts_of(version)["program"]["version"]))
+        .template
+    )
+    if text_in_mlflow == registry.prompt_text(state):
+        return  # registering did not fall for it
+    with pytest.raises(TrustError, match=r"colours/5 is not evaluated: the text of prompt .* was changed in MLflow"):
+        store.evaluate(str(version))
     assert not executed()
 
 

@@ -119,8 +119,9 @@ def enforcement() -> str:
 
     from agentkit_tracking.home import connect, is_local_store
 
+    store = connect()._get_registry_client().store  # MlflowClient itself would look for the model first
     try:  # no such model exists; a guarded store refuses before it looks
-        connect().set_registered_model_alias("agentkit.probe", "production", "1")
+        store.set_registered_model_alias("agentkit.probe", "production", "1")
     except MlflowException as e:
         if e.error_code == "PERMISSION_DENIED":
             here = " (for agentkit and `agentkit ui`; others can open the file)" if is_local_store() else ""

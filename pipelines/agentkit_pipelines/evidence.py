@@ -29,7 +29,7 @@ from agentkit_tracking.home import connect, experiment_id, home, project_root
 from agentkit_tracking.keys import SigningKey, signing_key
 from agentkit_tracking.loading import require_trusted
 from agentkit_tracking.manifest import MANIFEST, Manifest
-from agentkit_tracking.production import current, evaluation_of, history_of
+from agentkit_tracking.production import current, evaluation_of, history_of, prompt_checks
 from agentkit_tracking.registry import DESCRIPTION_LIMIT, EVALUATION, TAG, VERDICT, Version
 from agentkit_tracking.statements import Evaluation as SignedEvaluation
 from agentkit_tracking.statements import Evidence, sign, signer
@@ -160,6 +160,8 @@ def evaluate(
     if manifest.spec["success"] is None:
         raise UsageError(f"{plan.version} names no success metric; register it with System(…, success=metric)")
     _check_metrics(thresholds, manifest)
+    if problems := [c.problem for c in prompt_checks(plan.version, manifest) if c.problem]:
+        raise TrustError(f"{plan.version} is not evaluated: {'; '.join(problems)}; register its source anew", problems)
     golden_sha256 = sha256_of(plan.golden)
     production = current(plan.version.name)
     compared = production if production is not None and production.release_id != plan.version.release_id else None

@@ -24,6 +24,7 @@ from agentkit_tracking.statements import Evidence, Move, Signed, check, day, rea
 
 KEY = "agentkit.history."
 HEADING = "### History"
+_TAG_LIMIT = 5000  # characters; mlflow's column, which SQLite alone does not enforce
 _LINES = 15  # of the history in a model's description, whose column takes 5,000 characters
 WORDS = {"promoted": "promoted", "rolled_back": "rolled back to", "withdrawn": "withdrawn"}
 
@@ -144,7 +145,7 @@ def next_entry(
     why: str,
 ) -> tuple[str, str]:
     """Tag and signed text of the entry that would come next."""
-    last = history.head
+    last, why = history.head, " ".join(why.split())[:500]
     move = Move(
         system=history.system,
         release=release,
@@ -158,9 +159,11 @@ def next_entry(
         left_release=last.move.release if last and last.move.version else None,
         prompts=prompts,
         evidence=evidence,
-        why=" ".join(why.split())[:500],
+        why=why,
     )
-    return f"{KEY}{move.sequence:06}", sign(move, key)
+    while len(text := sign(move, key)) > _TAG_LIMIT and move.why:  # letters beyond ASCII take eight to sixteen each
+        move = move.model_copy(update={"why": move.why[: len(move.why) * 9 // 10]})
+    return f"{KEY}{move.sequence:06}", text
 
 
 # ---- for people

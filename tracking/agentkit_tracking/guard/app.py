@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import wraps
 from itertools import islice
 from typing import Any
@@ -84,7 +84,7 @@ class GuardedTrackingStore(SqlAlchemyStore):  # type: ignore[misc]
             while some := list(islice(remaining, 500)):
                 runs = _evaluations(session, still_open).filter(SqlRun.run_uuid.in_(some))
                 models = _releases(session, still_open).filter(SqlLoggedModel.model_id.in_(some))
-                found |= {run_id for run_id, _ in runs} | {model_id for model_id, _ in models}
+                found |= {found_id for found_id, _ in runs.union_all(models)}
         if not still_open:
             self._sealed |= found
         return found
@@ -233,15 +233,17 @@ class Guard:
         if _JUDGED_BY_STORE.fullmatch(path) and "artifact" not in path:
             return receive
         named = find_ids(path, scope.get("query_string", b"").decode("latin-1"))
-        await self._refuse(named)
         artifact = _ARTIFACT.fullmatch(path)
+        if (artifact and method == "PUT") or _UPLOAD.fullmatch(path):  # a file: any size, any content
+            first = await receive()
+            await self._refuse(named)
+            return _replayed(first, self._watched(receive, named) if first.get("more_body") else receive)
+        await self._refuse(named)
         if artifact and method == "DELETE":
             await self._refuse_above(artifact[1])
-        if (artifact and method == "PUT") or _UPLOAD.fullmatch(path):
-            return self._watched(receive, named)  # a file: any size, any content
         body = await Request(scope, receive).body()
         await self._refuse(find_ids_in_json(body), still_open=True)
-        return _replayed(body, receive)
+        return _replayed({"type": "http.request", "body": body, "more_body": False}, receive)
 
     async def _refuse(self, ids: set[str], *, still_open: bool = False) -> None:
         if ids:
@@ -279,8 +281,8 @@ class Guard:
 _READS = ("GET", "HEAD", "OPTIONS")
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    messages: Iterator[Message] = iter([{"type": "http.request", "body": body, "more_body": False}])
+def _replayed(first: Message, receive: Receive) -> Receive:
+    messages = iter([first])
 
     async def replayed() -> Message:
         return next(messages, None) or await receive()
