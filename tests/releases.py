@@ -108,7 +108,7 @@ def judged(version: Version, proof: Evidence | None = None) -> Evaluation:
     from agentkit_tracking.home import connect, experiment_id
     from agentkit_tracking.keys import signing_key
     from agentkit_tracking.production import current
-    from agentkit_tracking.registry import EVALUATION, VERDICT
+    from agentkit_tracking.rules import EVALUATION, VERDICT
     from agentkit_tracking.statements import Evidence
 
     client, production = connect(), current(version.name)

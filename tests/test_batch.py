@@ -12,13 +12,13 @@ from typing import Any
 
 import polars as pl
 import pytest
-from releases import store  # noqa: F401  (a fixture)
+from releases import put_in_production, store  # noqa: F401  (a fixture)
 
-from agentkit.errors import BudgetExceeded, DataError, UsageError
-from agentkit_pipelines import cli
+from agentkit.errors import BudgetExceeded, DataError, TrustError, UsageError
+from agentkit_pipelines import cli, promotion
 from agentkit_pipelines.batch import run_batch
 from agentkit_tracking import registry
-from agentkit_tracking.home import connect
+from agentkit_tracking.keys import Trust
 from agentkit_tracking.runlog import RunLog
 
 # Fails on request, and can be made to wait for a file.
@@ -40,7 +40,7 @@ def measure(project: Path, store: Path) -> registry.Version:  # noqa: F811
     """A release in production."""
     (project / "measure.py").write_text(MEASURE)
     version = registry.register_file("measure.py:measure")
-    connect().set_registered_model_alias("measure", "production", str(version.number))
+    put_in_production(version)
     return version
 
 
@@ -242,11 +242,28 @@ def test_the_release_it_began_with_is_the_one_it_ends_with(measure: registry.Ver
     Path("measure.py").write_text(MEASURE.replace("len(text)", "-len(text)"))
     after = registry.register_file("measure.py:measure")
     if gone:
-        connect().delete_registered_model_alias("measure", "production")
+        promotion.withdraw("measure", why="a test")
     else:
-        connect().set_registered_model_alias("measure", "production", str(after.number))
+        put_in_production(after)
     given = batch("in.csv")
     assert (given["length"].to_list(), given["release"].unique().to_list()) == ([5] * 4, [measure.release_id])
+
+
+def test_a_started_batch_does_not_say_what_is_trusted(
+    measure: registry.Version, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who can write beside the target, and register, decides nothing about what is run as production."""
+    rows(4).write_csv("in.csv")
+    with pytest.raises(Stopped):
+        batch("in.csv", progress=stop_at(2))
+    Path("measure.py").write_text(MEASURE.replace("len(text)", "-len(text)"))
+    other = registry.register_file("measure.py:measure")
+    pin = Path("out.parquet.parts") / "batch.json"
+    pin.write_text(pin.read_text().replace(measure.release_id, other.release_id))
+    monkeypatch.setattr("agentkit_tracking.loading.is_local_store", lambda: False)  # as if it were somebody else's
+    monkeypatch.setattr("agentkit_tracking.loading.load_trust", lambda: Trust())
+    with pytest.raises(TrustError, match="nobody trusted here vouches for it"):
+        batch("in.csv")
 
 
 @pytest.mark.usefixtures("measure")

@@ -29,6 +29,7 @@ import json, os, shutil, sys, time
 from pathlib import Path
 import mlflow, mlflow.artifacts, mlflow.store.tracking.sqlalchemy_store, mlflow.store.model_registry.sqlalchemy_store
 import agentkit_tracking.guard.registry_store, agentkit_tracking.home
+from agentkit.errors import AgentkitError
 from agentkit_pipelines import promotion
 from agentkit_tracking.keys import signing_key
 from releases import finished

@@ -25,12 +25,11 @@ from agentkit.errors import TrustError
 from agentkit_tracking import history as histories
 from agentkit_tracking import mirrors, registry
 from agentkit_tracking.guard.registry_store import GuardedStore
-from agentkit_tracking.history import HEADING, KEY, History, describe, next_entry, parse, render
+from agentkit_tracking.history import DESCRIPTION_LIMIT, HEADING, KEY, History, describe, next_entry, parse, render
 from agentkit_tracking.home import connect
 from agentkit_tracking.keys import SigningKey, Trust, _generate, signing_key
 from agentkit_tracking.mirrors import with_history
 from agentkit_tracking.production import history_of
-from agentkit_tracking.registry import DESCRIPTION_LIMIT
 from agentkit_tracking.rules import head_problems
 from agentkit_tracking.statements import sign
 

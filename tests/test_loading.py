@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evidence import Store, agentkit, as_user, promoted, source
+from evidence import Store, agentkit, as_user, promoted, source, without_kernel
 
 from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
+from agentkit.examples import sha256_of
 from agentkit_pipelines import promotion
 from agentkit_tracking import history as histories
 from agentkit_tracking import keys, loading, production, registry
@@ -347,7 +348,7 @@ def test_an_alias_put_back_to_the_version_before_changes_nothing_but_is_warned_o
     assert loads() == registry.resolve("colours/2").release_id
     assert "the alias points to version 1, the signed history says version 2, which holds" in caplog.text
     said = agentkit("verify", "colours@production")
-    assert (said.code, "signed and whole, with remarks" in said.out) == (0, True)
+    assert (said.code, "signed and whole; but the alias points to version 1" in said.out) == (0, True)
     assert loading.resolve("colours@production").number == 2
     assert agentkit("doctor", "--repair").code in (0, 1)
     assert registry.look_up("colours").aliases == {"production": 2}
@@ -587,7 +588,7 @@ def test_nothing_is_compared_with_what_a_forged_entry_says_is_in_production(stor
     """Else whoever writes to the database would choose how bad the version is that a new one has to beat."""
     by_a_stranger(store, 3)
     with pytest.raises(
-        TrustError, match=r"the last entry of the history of colours is forged: signed with key .*rollback"
+        TrustError, match=r"the last entry of the history of colours does not count: signed with key .*rollback"
     ):
         store.evaluate("colours/1")
     promotion.rollback("colours", why="forged")
@@ -726,27 +727,68 @@ def test_anothers_production_needs_the_signers_key_and_nothing_else(another: Sto
         promotion.rollback("colours", why="no key of mine")
 
 
-def test_a_release_folder_is_run_where_it_belongs_to_the_project(
+def test_a_release_folder_is_run_where_agentkit_fetched_it_and_nowhere_else(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A stranger's proof unpacked in one's own project is still a stranger's."""
     folder = loading.fetch("colours/3")[0]
     assert loads(folder)
-    elsewhere, inside = tmp_path / "elsewhere" / "x", tmp_path / "project" / "x"
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "pyproject.toml").touch()
-    for target in (elsewhere, inside):
-        shutil.copytree(folder, target)
-    monkeypatch.chdir(tmp_path / "project")
-    assert loads(inside)
-    assert f"{elsewhere} lies outside this project; nobody vouches for it" in refused(elsewhere)
-    assert "lies outside this project" in refused(str(elsewhere))
-    (tmp_path / "project" / "link").symlink_to(elsewhere)
-    assert "lies outside this project" in refused(tmp_path / "project" / "link")
-    assert loads(elsewhere, trust=True)
-    monkeypatch.chdir(elsewhere.parent)  # where a shell stands makes nothing a project
-    assert "lies outside this project" in refused(elsewhere)
-    append(elsewhere / "source" / "colours.py", "#")
-    assert "is not intact" in refused(elsewhere, trust=True)
+    project = tmp_path / "project"
+    shutil.copytree(folder, project / "x")
+    (project / "pyproject.toml").touch()
+    monkeypatch.chdir(project)
+    for reference in (project / "x", str(project / "x")):
+        assert "nobody vouches for the release in" in refused(reference)
+    (folder.parent / "link").symlink_to(project / "x")
+    assert "nobody vouches for the release in" in refused(folder.parent / "link")
+    assert loads(project / "x", trust=True)
+    append(project / "x" / "source" / "colours.py", "#")
+    assert "is not intact" in refused(project / "x", trust=True)
+
+
+@pytest.mark.parametrize("forged", ["verdict", "settings"])
+def test_what_a_kernel_says_of_its_results_is_judged_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, forged: str
+) -> None:
+    """It executes the release's own source, which can write what it likes; the verdict and the hashes are ours."""
+    from agentkit_pipelines import evidence
+
+    ran = evidence.run_notebook
+
+    def cheated(name: str, parameters: Any, output: Path, *rest: Any) -> Path:
+        notebook = ran(name, parameters, output, *rest)
+        (output / "thresholds.yaml").write_text("system: colours\n")
+        if forged == "verdict":
+            text = (output / "verdict.json").read_text()
+            (output / "verdict.json").write_text(text.replace('"verdict": "pass"', '"verdict": "fail"'))
+        else:
+            told = json.loads((output / "settings.json").read_text())
+            told |= {"golden_sha256": "0" * 64, "thresholds_sha256": "0" * 64, "release": "0" * 64, "verdict": "pass"}
+            (output / "settings.json").write_text(json.dumps(told))
+        return notebook
+
+    with without_kernel():
+        ran = evidence.run_notebook
+        monkeypatch.setattr(evidence, "run_notebook", cheated)
+        plan = evidence.Plan(registry.resolve("colours/3"), store.golden, store.thresholds, repeats=1)
+        if forged == "verdict":
+            with pytest.raises(TrustError, match="the verdict that the kernel left is not what its results give"):
+                evidence.evaluate(plan)
+            return
+        said = evidence.evaluate(plan).evidence
+    assert (said["golden_sha256"], said["thresholds_sha256"]) == (sha256_of(store.golden), sha256_of(store.thresholds))
+    assert said["release"] == registry.resolve("colours/3").release_id
+
+
+def test_a_release_id_that_is_a_path_leads_nowhere(store: Store, tmp_path: Path) -> None:
+    """A version's tag is anybody's word; nothing is looked for, or moved, where it points."""
+    (tmp_path / "mine").mkdir()
+    for text in ("../seen", str(tmp_path / "mine"), "", ".", "f" * 63 + "/"):
+        put(store, "agentkit.release_id", text, version=3)
+        assert "carries no release id" in refused("colours/3")
+    assert (store.home / "seen").is_dir()
+    assert (tmp_path / "mine").is_dir()
+    assert [p.name for p in store.home.rglob("damaged-*")] == []
 
 
 # ---- what the trust file may ask for

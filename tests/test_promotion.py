@@ -619,5 +619,5 @@ def test_golden_set_and_thresholds_are_found_by_the_systems_name(road: Road, her
         evidence.find_thresholds("flowers")
     (road.project / "data" / "other").mkdir(exist_ok=True)
     shutil.copy(road.project / "few.jsonl", road.project / "data" / "other" / "golden.jsonl")
-    with pytest.raises(UsageError, match=r"2 golden sets below .*; name one with --golden"):
+    with pytest.raises(UsageError, match=r"2 golden sets: .*; name one with --golden"):
         evidence.find_golden("flowers")

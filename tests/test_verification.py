@@ -202,9 +202,9 @@ def test_a_proof_without_its_last_entries_claims_no_more_than_it_proves(proof: P
     """A stranger cannot know of newer entries; what is left says by itself what is in production."""
     found = verification.verify_folder(history(proof, lambda h: h[:1]).folder, proof.trust)
     assert "in production since" not in str(found)
-    assert any(c.what.startswith("not in production: ") for c in found)
+    assert any(c.blocks and c.problem.startswith("it is not in production: ") for c in found)
     found = verification.verify_folder(history(proof, lambda h: []).folder, proof.trust)
-    assert any(c.what == "no history: nothing says that it was ever in production" for c in found)
+    assert any(c.blocks and c.problem == "it is not in production: there is no history of it" for c in found)
 
 
 def test_proofs_of_two_versions_cannot_be_mixed(proof: Proof, store: Store, tmp_path: Path) -> None:

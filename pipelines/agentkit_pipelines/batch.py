@@ -21,7 +21,7 @@ from agentkit.examples import sha256_of
 from agentkit.mapping import default_workers, in_parallel, with_results
 from agentkit.records import RunRecord
 from agentkit.systems import System
-from agentkit_tracking import loading
+from agentkit_tracking import loading, registry
 
 Progress = Callable[[int, int], None]
 
@@ -124,8 +124,8 @@ def _pinned_release(reference: str, folder: Path, source: Path, id_column: str, 
     if began and (began["source_sha256"], began["id_column"]) != (digest, id_column):
         raise UsageError(f"{folder} holds a started batch over another file; delete it to begin anew")
     # An alias may have moved since; a folder is what it is.
-    if began and not Path(reference).is_dir():  # it was trusted when it began
-        fetched, manifest = loading.fetch(began["release"], trust=True)
+    if began and not Path(reference).is_dir():
+        fetched, manifest = loading.fetch_promoted(registry.resolve(began["release"]), trust=trust)
     else:
         fetched, manifest = loading.fetch(reference, trust=trust)
     if began and began["release"] != manifest.release_id:

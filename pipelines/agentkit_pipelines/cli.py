@@ -111,10 +111,10 @@ def run(
 
 
 def _in_force(reference: str) -> str:
-    """A bare name means the release in production, or the newest where there is none."""
-    from agentkit_tracking.production import find_production
+    """A bare name means the release in production, or the newest where there never was one."""
+    from agentkit_tracking.production import history_of
 
-    if not reference.isidentifier() or find_production(reference) is None:
+    if not reference.isidentifier() or not history_of(reference).entries:
         return reference
     return f"{reference}@production"
 

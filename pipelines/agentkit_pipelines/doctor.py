@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from agentkit.errors import AgentkitError
+from agentkit.errors import AgentkitError, ReleaseError, UsageError
 
 _PACKAGES = ("dspy", "mlflow", "duckdb", "polars", "papermill", "marimo", "scikit-learn", "jupyterlab")
 _KEYS = {"openai", "anthropic", "gemini", "groq"}  # whose variable is surely PROVIDER_API_KEY
@@ -110,21 +110,25 @@ def _store(repair: bool) -> Iterator[Finding]:
             yield from _production(name, repair)
         except (AgentkitError, MlflowException) as e:
             advice = f"agentkit verify {name}@production; agentkit rollback {name}, or promote a version"
-            yield Finding("bad", f"{name}@production: {str(e).splitlines()[0]}", advice)
+            is_trust = isinstance(e, UsageError) and not isinstance(e, ReleaseError)  # no system's fault
+            yield Finding("bad", f"{name}@production: {str(e).splitlines()[0]}", "" if is_trust else advice)
 
 
 def enforcement() -> str:
     """Where `production` is enforced by the store in use: by a server that refuses, or by those who load."""
     from mlflow.exceptions import MlflowException
 
-    from agentkit_tracking.home import connect, is_local_store
+    from agentkit_tracking.home import connect, tracking_uri
 
     store = connect()._get_registry_client().store  # MlflowClient itself would look for the model first
     try:  # no such model exists; a guarded store refuses before it looks
         store.set_registered_model_alias("agentkit.probe", "production", "1")
     except MlflowException as e:
-        if e.error_code == "PERMISSION_DENIED":
-            here = " (for agentkit and `agentkit ui`; others can open the file)" if is_local_store() else ""
+        if "means signed evidence here" in str(
+            e
+        ):  # no other server's refusal: MLflow's own users may lack the permission
+            is_file = tracking_uri().startswith("sqlite:")
+            here = " (for agentkit and `agentkit ui`; others can open the file)" if is_file else ""
             return f"`production` is enforced by the store{here} and at load"
     return "`production` is enforced at load only"
 
@@ -154,14 +158,15 @@ def _production(name: str, repair: bool) -> Iterator[Finding]:
 
 
 def _keys() -> Iterator[Finding]:
+    from agentkit_tracking.home import is_local_store
     from agentkit_tracking.keys import load_trust, signing_key, trust_path
 
     try:
         trust = load_trust()
-        if not trust.keys:
-            yield Finding("ok", "no signing key yet; the first promotion makes a local one")
+        if not trust_path().exists() and is_local_store():
+            yield Finding("ok", "no signing key yet; the first registration or promotion makes a local one")
             return
-        found = ", ".join(f"{k.id} {k.owner} ({k.status})" for k in trust.keys)
+        found = ", ".join(f"{k.id} {k.owner} ({k.status})" for k in trust.keys) or "none"
         yield Finding("ok", f"trusted keys in {trust_path()}: {found}")
         key = signing_key().public
         note = ": local, vouches for this machine only" if key.local else ""

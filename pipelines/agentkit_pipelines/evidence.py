@@ -21,18 +21,20 @@ from agentkit.errors import BudgetExceeded, TrustError, UsageError
 from agentkit.examples import Example, read_examples, sha256_of
 from agentkit_pipelines import report
 from agentkit_pipelines.evaluation import RESULT_COLUMNS
-from agentkit_pipelines.gate import Verdict
+from agentkit_pipelines.gate import Verdict, judge
 from agentkit_pipelines.notebook_runner import NotebookFailed, Progress, run_notebook
 from agentkit_pipelines.thresholds import COST_PER_SUCCESS, Thresholds, load_thresholds
 from agentkit_tracking import registry
+from agentkit_tracking.history import DESCRIPTION_LIMIT
 from agentkit_tracking.home import connect, experiment_id, home, project_root
-from agentkit_tracking.keys import SigningKey, signing_key
+from agentkit_tracking.keys import SigningKey, load_trust, signing_key
 from agentkit_tracking.loading import require_trusted
 from agentkit_tracking.manifest import MANIFEST, Manifest
 from agentkit_tracking.production import current, evaluation_of, history_of, prompt_checks
-from agentkit_tracking.registry import DESCRIPTION_LIMIT, EVALUATION, TAG, VERDICT, Version
+from agentkit_tracking.registry import Version
+from agentkit_tracking.rules import EVALUATION, TAG, VERDICT
 from agentkit_tracking.statements import Evaluation as SignedEvaluation
-from agentkit_tracking.statements import Evidence, sign, signer
+from agentkit_tracking.statements import Evidence, check, sign, signer
 
 Say = Callable[[str], None]
 _FIRST_THRESHOLDS = """\
@@ -44,6 +46,7 @@ rules:
   - {{metric: task_failure, at_most: 0.1}}
 """
 _RELEASE = "### Release "
+_TOLD = ("cases", "repeats", "seed", "model", "exercised", "deterministic")
 RESULTS, PRODUCTION_RESULTS, VERDICT_FILE, SETTINGS = (
     "results.parquet",
     "production.parquet",
@@ -170,6 +173,7 @@ def evaluate(
     output = _output_folder(plan.version)
     shutil.copy(folder / MANIFEST, output)
     bar = shutil.copy(plan.thresholds, output / THRESHOLDS) if plan.thresholds else ""
+    asked = Path(bar).read_bytes() if bar else b""
     parameters: dict[str, Any] = {
         "version": str(folder),
         "golden": str(plan.golden.resolve()),
@@ -191,7 +195,28 @@ def evaluate(
         raise
     if sha256_of(plan.golden) != golden_sha256:
         raise UsageError(f"{plan.golden} changed while {plan.version} was evaluated on it; evaluate again")
-    return _log(plan, output, notebook, compared, digest, key or _key(say) if thresholds else None, say)
+    own = {"golden_sha256": golden_sha256, "thresholds_sha256": None, "golden_content": digest}
+    if thresholds is not None:
+        (output / THRESHOLDS).write_bytes(asked)  # the kernel, which executes what the release holds, could write it
+        own["thresholds_sha256"] = hashlib.sha256(asked).hexdigest()
+        _judge_again(output, thresholds, parameters.get("production_results"))
+    return _log(plan, output, notebook, compared, own, key or _key(say) if thresholds else None, say)
+
+
+def _judge_again(output: Path, thresholds: Thresholds, kept: str | None) -> None:
+    """The verdict is given here: the kernel that also gave one executes the release's own source.
+
+    Raises:
+        TrustError: it gave another one, or compared with other results than it was given.
+    """
+    path = output / PRODUCTION_RESULTS
+    if kept is not None and path.is_file() and not pl.read_parquet(path).equals(pl.read_parquet(kept)):
+        raise TrustError(f"the evaluation compared with other results of production than it was given; see {output}")
+    before = pl.read_parquet(path) if path.is_file() else None
+    exercised = frozenset(json.loads((output / SETTINGS).read_text())["exercised"])
+    found = judge(pl.read_parquet(output / RESULTS), thresholds, before, exercised)
+    if Verdict.model_validate_json(found.model_dump_json()) != _read_verdict(output):
+        raise TrustError(f"the verdict that the kernel left is not what its results give; see {output}")
 
 
 def _key(say: Say) -> SigningKey | None:
@@ -221,10 +246,10 @@ def _check_metrics(thresholds: Thresholds | None, manifest: Manifest) -> None:
 def _check_genuine(production: Version) -> None:
     """Nothing is compared with what a forged entry or tag put into production: who writes the store would set the bar."""
     name, head = production.name, history_of(production.name).head
-    if head is not None and not head.genuine:
+    if head is not None and head.problem:  # nothing of it is executed, either
         raise TrustError(
-            f"the last entry of the history of {name} is forged: {head.problem}. Go back to what was signed with "
-            f"`agentkit rollback {name}`, or take it out with `agentkit withdraw {name}`"
+            f"the last entry of the history of {name} does not count: {head.problem}. Go back to what was signed with "
+            f"`agentkit rollback {name}`, take it out with `agentkit withdraw {name}`, or promote the same version again"
         )
     if head is not None and head.move.release != production.release_id:
         raise TrustError(
@@ -282,7 +307,7 @@ def _log(
     output: Path,
     notebook: Path,
     compared: Version | None,
-    content: str,
+    own: dict[str, str | None],
     key: SigningKey | None,
     say: Say,
 ) -> Evaluation:
@@ -295,8 +320,9 @@ def _log(
     client, version = connect(), plan.version
     results = pl.read_parquet(output / RESULTS)
     verdict = _read_verdict(output)
-    settings = json.loads((output / SETTINGS).read_text())
-    experiment = experiment_id(version.name)
+    told = json.loads((output / SETTINGS).read_text())
+    settings = {name: told[name] for name in _TOLD} | own  # what the kernel says, of what only it knows
+    experiment, content = experiment_id(version.name), str(own["golden_content"])
     attempts = _count_attempts(experiment, content) + 1
     files = {
         "results": RESULTS,
@@ -311,7 +337,6 @@ def _log(
         "compared_with": compared.release_id if compared else None,
         "verdict": verdict.verdict if verdict else None,
         "attempt": attempts,
-        "golden_content": content,
         **{f"{name}_sha256": sha256_of(output / f) if (output / f).is_file() else None for name, f in files.items()},
         **settings,
     }
@@ -445,7 +470,9 @@ def judged_alike(plan: Plan) -> str | None:
     """
     try:
         signed = evaluation_of(plan.version)
-    except TrustError:
+        if signed is not None:
+            check(signed, load_trust())
+    except TrustError:  # anybody could have written it
         return None
     if signed is None or plan.thresholds is None:
         return None

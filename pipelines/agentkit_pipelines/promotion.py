@@ -19,8 +19,8 @@ from agentkit_tracking import production, registry
 from agentkit_tracking.home import connect, file_lock, home
 from agentkit_tracking.keys import SigningKey, load_trust, signing_key
 from agentkit_tracking.mirrors import mirror
-from agentkit_tracking.registry import CANDIDATE, PROMPTS, REGISTRATION, Version
-from agentkit_tracking.rules import PRODUCTION, head_problems
+from agentkit_tracking.registry import CANDIDATE, Version
+from agentkit_tracking.rules import PRODUCTION, PROMPTS, REGISTRATION, head_problems
 from agentkit_tracking.statements import Evidence
 
 Event = Literal["promoted", "rolled_back", "withdrawn"]
@@ -53,7 +53,7 @@ def commit(done: Evaluation, key: SigningKey, *, why: str = "the gate passed", s
         As `promote`.
     """
     version = done.version
-    registry.check_stored(version)
+    _check_whole(version, done.proof)
     with _one_at_a_time(version.name):
         before = production.current(version.name)
         history = production.history_of(version.name)
@@ -68,6 +68,19 @@ def commit(done: Evaluation, key: SigningKey, *, why: str = "the gate passed", s
         _append(history, "promoted", key, version, done.proof, why, say)
         _clear_candidate(version)
     say(f"{version} is now {version.name}@{PRODUCTION}")
+
+
+def _check_whole(version: Version, proof: Evidence | None) -> None:
+    """What will be loaded must be there, unaltered, here and where others fetch it, before anything moves.
+
+    Raises:
+        ReleaseError: it would be refused by whoever loads it.
+    """
+    _, manifest = registry.fetch_version(version)
+    registry.check_stored(version)
+    checks = [*production.prompt_checks(version, manifest), production.evidence_check(proof)]
+    if problems := [c.problem for c in checks if c.problem]:
+        raise TrustError(f"{version} is not whole, nothing moved: {'; '.join(problems)}", problems)
 
 
 def _holds(history: histories.History) -> bool:
@@ -173,10 +186,10 @@ def rollback(name: str, *, why: str, say: Say = lambda _: None) -> tuple[Version
                 f"take it out with `agentkit withdraw {name}`"
             )
         target = registry.resolve(f"{name}/{earlier[-1]}")
-        registry.fetch_version(target)  # whole and unaltered, here and where others fetch it, before anything moves
-        registry.check_stored(target)
         promotion = history.promotion_of(target.number)
-        _append(history, "rolled_back", key, target, promotion.move.evidence if promotion else None, why, say)
+        proof = promotion.move.evidence if promotion else None
+        _check_whole(target, proof)
+        _append(history, "rolled_back", key, target, proof, why, say)
     say(f"{name}@{PRODUCTION} is {target} again")
     return left, target
 
@@ -189,8 +202,9 @@ def withdraw(name: str, *, why: str, say: Say = lambda _: None) -> Version:
     """
     key = signing_key()
     with _one_at_a_time(name):
-        history, left = production.history_of(name), production.current(name)
-        if left is None:
+        history = production.history_of(name)
+        if history.head is None or history.head.move.version is None:
             raise UnknownReference(f"{name} has no version in production")
+        left = Version(name, history.head.move.version, history.head.move.release)  # also one that was deleted
         _append(history, "withdrawn", key, left, None, why, say)
     return left

@@ -139,7 +139,11 @@ def verify(
         table.add_row(mark, escape(one.problem or one.what))
     terminal.console().print(table)
     wrong = [one for one in found if one.problem]
-    word = "not as signed" if any(c.blocks for c in wrong) else "signed and whole" + (", with remarks" if wrong else "")
+    word = (
+        "not as signed"
+        if any(c.blocks for c in wrong)
+        else "signed and whole" + (f"; but {'; '.join(c.problem for c in wrong)}" if wrong else "")
+    )
     terminal.console().print(
         f"[bold]{word}[/bold]" + (f" · saved as {terminal.short(save)}" if save and save.exists() else "")
     )
@@ -152,6 +156,9 @@ def reproduce(
     recorded_only: Annotated[
         bool, typer.Option("--recorded-only", help="judge the recorded results; evaluate nothing")
     ] = False,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")
+    ] = False,
 ) -> None:
     """Judge a version's recorded results again, evaluate it again, and say how far that differs.
 
@@ -160,7 +167,7 @@ def reproduce(
     from agentkit_pipelines import verification
 
     with terminal.progress(f"evaluating {reference} again") as progress:
-        found = verification.reproduce(reference, golden, run=not recorded_only, progress=progress)
+        found = verification.reproduce(reference, golden, run=not recorded_only, trust=trust, progress=progress)
     out = terminal.console()
     same = (
         "the same, rule by rule"

@@ -24,11 +24,11 @@ from agentkit_tracking import production, registry
 from agentkit_tracking.history import KEY, History
 from agentkit_tracking.home import home
 from agentkit_tracking.keys import Trust, load_trust
-from agentkit_tracking.loading import resolve
+from agentkit_tracking.loading import require_trusted, resolve
 from agentkit_tracking.manifest import read_release
 from agentkit_tracking.production import Check
-from agentkit_tracking.registry import EVALUATION, REGISTRATION, Version
-from agentkit_tracking.rules import head_problems, is_production
+from agentkit_tracking.registry import Version
+from agentkit_tracking.rules import EVALUATION, REGISTRATION, head_problems, is_production
 from agentkit_tracking.statements import Evaluation, Evidence, Registration, check, day, read
 
 # What a folder that stands for itself holds.
@@ -68,7 +68,7 @@ def verify(reference: str, save: Path | None = None) -> list[Check]:
         version = next((v for v in registered.versions if v.number == history.production), None)
         if version is None:
             return found or [Check("production", f"nothing is in production of {name}")]
-        found.append(production.evidence_check(history))
+        found.append(production.evidence_check(history.head.move.evidence if history.head else None))
     else:
         version = registry.resolve(reference)
         found.append(production.evaluation_check(version))
@@ -76,7 +76,7 @@ def verify(reference: str, save: Path | None = None) -> list[Check]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = save or Path(scratch) / "bundle"
         found += _write(version, history, registered.tags, folder)
-        found += verify_folder(folder, load_trust())
+        found += verify_folder(folder, load_trust(), in_production=in_production)
         if (folder / RELEASE).is_dir():
             manifest = read_release(folder / RELEASE)
             found += production.prompt_checks(version, manifest)
@@ -135,8 +135,11 @@ def _proof(history: History, evaluation: str | None, release: str) -> Evidence |
     return None if evaluation is None else read(evaluation, Evaluation).statement.evidence
 
 
-def verify_folder(folder: Path, trust: Trust) -> list[Check]:
+def verify_folder(folder: Path, trust: Trust, *, in_production: bool = True) -> list[Check]:
     """Check what `verify(save=…)` wrote, with these public keys and nothing else.
+
+    Args:
+        in_production: what was never in production, or is so no more, is a problem, not a remark.
 
     Raises:
         UsageError: the folder holds no history and no statements.
@@ -171,26 +174,33 @@ def verify_folder(folder: Path, trust: Trust) -> list[Check]:
     )
     if history is None:
         return found
-    found += _who_checks(history, own, manifest.release_id, manifest.system, trust)
+    found += _who_checks(history, own, manifest.release_id, manifest.system, trust, in_production)
     proof = attempt("evaluation", lambda: _proof(history, own.get(EVALUATION), manifest.release_id))
     if proof is None:
         found.append(Check("evidence", "there is no signed evidence: it was not evaluated, or nobody signed"))
         return found
+    if proof.verdict != "pass":
+        found.append(Check("verdict", f"the gate's verdict is {proof.verdict}", blocks=False))
     found += _file_checks(folder / EVIDENCE, proof, manifest.release_id)
     found += _unsigned_files(folder)
-    if not any(c.problem for c in found):
+    if not any(c.problem and c.blocks for c in found):
         gate = attempt("the gate, judged again", lambda: _gate_check(folder / EVIDENCE))
         found += [] if gate is None else [gate]
     return found
 
 
-def _who_checks(history: History, own: dict[str, str], release: str, system: str, trust: Trust) -> Iterator[Check]:
+def _who_checks(
+    history: History, own: dict[str, str], release: str, system: str, trust: Trust, in_production: bool
+) -> Iterator[Check]:
     head = history.head
     if head is not None:
         yield Check(f"history: {len(history.entries)} entries, each built on the one before")
         for entry in history.entries[:-1]:
-            if entry.problem:
-                yield Check("history", f"entry {entry.move.sequence} of the history: {entry.problem}", blocks=False)
+            try:
+                check(entry.signed, trust)
+            except TrustError as e:  # vouched for by the last; what it put into production does not count any more
+                what = f"entry {entry.move.sequence} of the history: {e}"
+                yield Check("history", what, blocks=entry.move.release == release and entry.move.event == "promoted")
         registrations = {head.move.version or 0: own[REGISTRATION]} if REGISTRATION in own else {}
         in_force = head.move.version is not None and head.move.release == release
         if in_force:
@@ -199,18 +209,19 @@ def _who_checks(history: History, own: dict[str, str], release: str, system: str
                 "; ".join(head_problems(history, registrations, trust)),
             )
         else:
-            yield Check("not in production: " + histories.describe(head), head.problem)
+            yield Check("the last entry of the history", head.problem)
+            yield Check("in production", f"it is not in production: {histories.describe(head)}", in_production)
     else:
-        yield Check("no history: nothing says that it was ever in production")
+        yield Check("in production", "it is not in production: there is no history of it", in_production)
     for kind, key, word in ((Registration, REGISTRATION, "registered"), (Evaluation, EVALUATION, "evaluated")):
         if key not in own:
             yield Check(f"{word} by nobody who signed")
             continue
         try:
             signed = read(own[key], kind)
-            by = check(signed, trust, is_past=True)
+            by = check(signed, trust)
             fits = (signed.statement.system, signed.statement.release) == (system, release)
-            local = " (local key)" if by.local else ""
+            local = " (local key)" if by.local or signed.statement.signer.local else ""
             yield Check(
                 f"{word} {day(signed.statement.time)} by {by.owner}{local}", "" if fits else f"{word}: another release"
             )
@@ -301,7 +312,12 @@ class Reproduction:
 
 
 def reproduce(
-    reference: str, golden: Path | None = None, *, run: bool = True, progress: Progress | None = None
+    reference: str,
+    golden: Path | None = None,
+    *,
+    run: bool = True,
+    trust: bool = False,
+    progress: Progress | None = None,
 ) -> Reproduction:
     """Judge a version's recorded results again, then evaluate it again as it was and compare. Moves and logs nothing.
 
@@ -312,7 +328,11 @@ def reproduce(
     from mlflow.exceptions import MlflowException
 
     version = resolve(reference)
-    proof = _proof(production.history_of(version.name), (version.tags or {}).get(EVALUATION), version.release_id)
+    history, text = production.history_of(version.name), (version.tags or {}).get(EVALUATION)
+    proof = _proof(history, text, version.release_id)
+    _require_counts(version, history, text)
+    if run and history.production != version.number:  # `resolve` has checked what is in production
+        require_trusted(version, trust)
     if proof is None:
         raise UsageError(f"{version} has no signed evidence; evaluate it with --thresholds, or promote it")
     try:
@@ -328,6 +348,15 @@ def reproduce(
         return blank
     output = _run_again(version, folder, files.find_golden(version.name, golden), proof, progress)
     return _compared(blank, before, pl.read_parquet(output / files.RESULTS), output)
+
+
+def _require_counts(version: Version, history: History, evaluation: str | None) -> None:
+    """The signature behind a version's evidence must count now."""
+    promotion = history.promotion_of(version.number)
+    if promotion is not None:
+        check(promotion.signed, load_trust())
+    elif evaluation is not None:
+        check(read(evaluation, Evaluation), load_trust())
 
 
 def _run_again(version: Version, folder: Path, golden: Path, proof: Evidence, progress: Progress | None) -> Path:

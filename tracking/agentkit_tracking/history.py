@@ -24,6 +24,7 @@ from agentkit_tracking.statements import Evidence, Move, Signed, check, day, rea
 
 KEY = "agentkit.history."
 HEADING = "### History"
+DESCRIPTION_LIMIT = 5000  # characters; mlflow's column, which SQLite alone does not enforce
 _TAG_LIMIT = 5000  # characters; mlflow's column, which SQLite alone does not enforce
 _LINES = 15  # of the history in a model's description, whose column takes 5,000 characters
 WORDS = {"promoted": "promoted", "rolled_back": "rolled back to", "withdrawn": "withdrawn"}
@@ -186,6 +187,13 @@ def render(history: History) -> str:
     shown = [f"- {describe(e)[:250]}" for e in reversed(history.entries[-_LINES:])]
     more = len(history.entries) - len(shown)
     return "\n".join([HEADING, "", *shown, *([f"- … {more} older: agentkit history {history.system}"] if more else [])])
+
+
+def with_history(description: str, history: History) -> str:
+    """A model's description with the history at its end, within MLflow's limit."""
+    shown = render(history)
+    said = description.partition(HEADING)[0].strip()[: DESCRIPTION_LIMIT - len(shown) - 2]
+    return "\n\n".join(filter(None, [said, shown]))
 
 
 # ---- what this machine has seen

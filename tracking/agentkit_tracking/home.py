@@ -35,13 +35,6 @@ def project_root(start: Path | None = None) -> Path:
     return next((d for d in (start, *start.parents) if any((d / mark).exists() for mark in _MARKS)), start)
 
 
-def belongs_here(path: Path) -> bool:
-    """Whether a path lies in the home, or in the project around the working directory; a mere directory is no project."""
-    root, path = project_root(), path.resolve()
-    is_project = any((root / mark).exists() for mark in _MARKS)
-    return path.is_relative_to(home()) or (is_project and path.is_relative_to(root))
-
-
 def home() -> Path:
     """`AGENTKIT_HOME`, or `.agentkit` in the project root: run log, MLflow database, artifacts, fetched releases."""
     given = os.environ.get("AGENTKIT_HOME")

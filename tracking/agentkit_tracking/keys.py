@@ -110,6 +110,10 @@ def load_trust() -> Trust:
     try:
         state = path.stat()
     except FileNotFoundError:
+        if os.environ.get(TRUST_ENV):  # a slip in its name must not take its rules away
+            raise UsageError(
+                f"{TRUST_ENV} names {path}, which is no file; `agentkit keys init` or `trust` makes it"
+            ) from None
         return Trust()
     except OSError as e:
         raise UsageError(f"the trusted keys in {path} cannot be read ({e.strerror})") from e
@@ -124,7 +128,8 @@ def _read_trust(path: Path, *_: int) -> Trust:
         raise UsageError(f"the trusted keys in {path} cannot be read ({e.strerror})") from e
     except ValidationError as e:
         first = e.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; see tracking/TRUST.md") from e
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path} is damaged: {place and place + ': '}{first['msg']}; mend it or restore it") from e
     for key in trust.keys:
         if not _is_named_for_itself(key):
             raise UsageError(
@@ -149,7 +154,7 @@ def _locked_trust() -> Iterator[Trust]:
     path = trust_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     with file_lock(path.with_name(f".{path.name}.lock")):
-        yield load_trust()
+        yield load_trust() if path.exists() else Trust()
 
 
 def _save_trust(trust: Trust, keys: Iterable[TrustedKey]) -> None:

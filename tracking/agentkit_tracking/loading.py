@@ -17,11 +17,11 @@ from agentkit.systems import System, short_name
 from agentkit_tracking import history as histories
 from agentkit_tracking import manifest as manifests
 from agentkit_tracking import production, registry
-from agentkit_tracking.home import belongs_here, is_local_store
+from agentkit_tracking.home import home, is_local_store
 from agentkit_tracking.keys import load_trust
 from agentkit_tracking.manifest import Manifest
-from agentkit_tracking.registry import REGISTRATION, Version
-from agentkit_tracking.rules import is_production
+from agentkit_tracking.registry import Version
+from agentkit_tracking.rules import REGISTRATION, is_production
 from agentkit_tracking.source import Entry, load_entry
 from agentkit_tracking.statements import Registration, check, read
 
@@ -50,9 +50,10 @@ def fetch(reference: str | Path, *, trust: bool = False) -> tuple[Path, Manifest
     """The release that `load` would load, as a checked local folder. A path to a release folder works, too."""
     if is_folder(reference):
         folder, manifest = registry.fetch_folder(Path(reference))
-        if not (trust or belongs_here(folder)):
+        if not (trust or folder.resolve().parent == home() / "releases"):  # fetched, by whoever was allowed to
             raise TrustError(
-                f"{folder} lies outside this project; nobody vouches for it. Pass trust=True (--trust) to run it"
+                f"nobody vouches for the release in {folder}, a folder that is no store's. Pass trust=True (--trust) to "
+                "run it"
             )
         return folder, manifest
     name, _, alias = str(reference).partition("@")
@@ -115,11 +116,23 @@ def fetch_production(name: str) -> tuple[Path, Manifest]:
     version = next((v for v in registered.versions if v.number == history.production), None)
     if version is None:
         raise UnknownReference(_nothing_in_production(name))
-    production.refuse(name, iter([production.evidence_check(history)]))
+    production.refuse(name, iter([production.evidence_check(history.head.move.evidence if history.head else None)]))
     folder, manifest = registry.fetch_version(version)
     production.refuse(name, production.prompt_checks(version, manifest))
     histories.remember(history)
     return folder, manifest
+
+
+def fetch_promoted(version: Version, *, trust: bool = False) -> tuple[Path, Manifest]:
+    """The release of a version that is or was in production by a promotion that still counts, else as `fetch`."""
+    promotion = production.history_of(version.name).promotion_of(version.number)
+    try:
+        if promotion is None or promotion.move.release != version.release_id:
+            raise TrustError(f"{version} was never in production")
+        check(promotion.signed, load_trust())
+    except TrustError:
+        require_trusted(version, trust)
+    return registry.fetch_version(version)
 
 
 def _nothing_in_production(name: str) -> str:

@@ -7,9 +7,9 @@ and what a crash left undone the next move or `agentkit doctor --repair` sets ri
 from __future__ import annotations
 
 from agentkit.errors import TrustError
-from agentkit_tracking.history import HEADING, KEY, History, render, seen
+from agentkit_tracking.history import KEY, History, seen, with_history
 from agentkit_tracking.home import connect, home
-from agentkit_tracking.registry import DESCRIPTION_LIMIT, Registered, Version, look_up, prompts_of
+from agentkit_tracking.registry import Registered, Version, look_up, prompts_of
 from agentkit_tracking.rules import PRODUCTION
 
 
@@ -98,10 +98,3 @@ def restore(system: str) -> int:
     for key, text in lost.items():
         connect().set_registered_model_tag(system, key, text)
     return len(lost)
-
-
-def with_history(description: str, history: History) -> str:
-    """A model's description with the history at its end, within MLflow's limit."""
-    shown = render(history)
-    said = description.partition(HEADING)[0].strip()[: DESCRIPTION_LIMIT - len(shown) - 2]
-    return "\n\n".join(filter(None, [said, shown]))

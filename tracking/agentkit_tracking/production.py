@@ -15,18 +15,9 @@ from agentkit_tracking.home import connect
 from agentkit_tracking.keys import load_trust
 from agentkit_tracking.manifest import Manifest
 from agentkit_tracking.mirrors import own_prompts, prompt_in_production
-from agentkit_tracking.registry import (
-    EVALUATION,
-    PROMPTS,
-    REGISTRATION,
-    VERDICT,
-    Registered,
-    Version,
-    look_up,
-    prompt_text,
-)
-from agentkit_tracking.rules import PRODUCTION, head_problems, is_production
-from agentkit_tracking.statements import Evaluation, Signed, check, read
+from agentkit_tracking.registry import Registered, Version, look_up, prompt_text
+from agentkit_tracking.rules import EVALUATION, PRODUCTION, PROMPTS, REGISTRATION, VERDICT, head_problems, is_production
+from agentkit_tracking.statements import Evaluation, Evidence, Signed, check, read
 
 _log = logging.getLogger(__name__)
 
@@ -151,7 +142,7 @@ def evaluation_check(version: Version) -> Check:
     try:
         signed = evaluation_of(version)
         assert signed is not None
-        check(signed, load_trust(), is_past=True)
+        check(signed, load_trust())
     except TrustError as e:
         return Check("verdict", f"the verdict of {version}: {e}")
     said = signed.statement.evidence.verdict
@@ -176,11 +167,10 @@ def evaluation_of(version: Version) -> Signed[Evaluation] | None:
     return signed
 
 
-def evidence_check(history: History) -> Check:
+def evidence_check(evidence: Evidence | None) -> Check:
     """Whether the MLflow run that holds the evidence is still there; one call."""
     from mlflow.exceptions import MlflowException
 
-    evidence = history.head.move.evidence if history.head else None
     if evidence is None:
         return Check("MLflow run of the evidence")
     try:

@@ -24,20 +24,17 @@ from typing import Any
 from agentkit.errors import ReleaseError, SourceError, UnknownReference, UsageError
 from agentkit.systems import System, adopt
 from agentkit_tracking import manifest as manifests
+from agentkit_tracking.history import DESCRIPTION_LIMIT
 from agentkit_tracking.home import author, connect, experiment_id, home
 from agentkit_tracking.keys import signing_key
 from agentkit_tracking.live import differences
 from agentkit_tracking.manifest import Manifest, read_release
+from agentkit_tracking.rules import PROMPTS, REGISTRATION, TAG
 from agentkit_tracking.source import Entry, adopt_from, load_entry, parse_entry, prepared
 from agentkit_tracking.statements import Registration, sign, signer
 
 CANDIDATE = "candidate"
-TAG = "agentkit."
-# Tags of a version: two signed statements, the verdict in a word, names and versions of its prompts in MLflow.
-REGISTRATION, EVALUATION = f"{TAG}registration", f"{TAG}evaluation"
-VERDICT, PROMPTS = f"{TAG}last_verdict", f"{TAG}prompts"
 _PROMPT_LIMIT = 100_000  # characters; mlflow takes no longer prompt
-DESCRIPTION_LIMIT = 5000  # characters; mlflow's column, which SQLite alone does not enforce
 _log = logging.getLogger(__name__)
 _HOW_TO_PROMOTE = (
     "Releases of the agent system `{0}`. To ask for a promotion, give a version the alias `candidate`; the next "
@@ -215,16 +212,28 @@ def _metadata(root: Path) -> dict[str, str]:
 def _store_prompts(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """Register each prompt, or find the version that has the same content; short name to name, version, hash."""
     client = connect()
-    known = {(p["name"], p["sha256"]): p for v in versions(manifest.system) for p in prompts_of(v).values()}
+    known = {(p.get("name"), p.get("sha256")): p for v in versions(manifest.system) for p in prompts_of(v).values()}
     stored = {}
     for short, state in manifest.prompts.items():
         name = f"{manifest.system}.{short}"
         digest = manifests.sha256(json.dumps(state, sort_keys=True).encode())
-        if (name, digest) not in known:
-            made = client.register_prompt(name, template=prompt_text(state), tags={f"{TAG}sha256": digest})
+        text = prompt_text(state)
+        if (name, digest) not in known or not _holds_text(known[name, digest], text):
+            made = client.register_prompt(name, template=text, tags={f"{TAG}sha256": digest})
             known[name, digest] = {"name": name, "version": int(made.version), "sha256": digest}
         stored[short] = known[name, digest]
     return stored
+
+
+def _holds_text(prompt: dict[str, Any], text: str) -> bool:
+    """Whether a prompt version has the text that a version's tag says it has; the tag is anybody's word."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        stored = connect().get_prompt_version(str(prompt["name"]), str(prompt["version"]))
+    except (MlflowException, KeyError):
+        return False
+    return stored is not None and bool(stored.template == text)
 
 
 def prompt_text(state: dict[str, Any]) -> str:
@@ -275,6 +284,8 @@ def look_up(name: str) -> Registered:
     """A system's tags, aliases and versions; all empty if there is none of that name."""
     from mlflow.exceptions import MlflowException
 
+    if not re.fullmatch(r"\w+", name):
+        raise UnknownReference(f"{name!r} is no system's name; give the name alone, without @alias or /number")
     client = connect()
     try:
         model = client.get_registered_model(name)
@@ -312,7 +323,11 @@ def _version(v: Any, aliases: dict[int, list[str]]) -> Version:
 
 def prompts_of(version: Version) -> dict[str, dict[str, Any]]:
     """A version's prompts: short name to name, version and sha256 in MLflow's prompt registry."""
-    return dict(json.loads((version.tags or {}).get(PROMPTS, "{}")))
+    try:
+        found = json.loads((version.tags or {}).get(PROMPTS, "{}"))
+    except ValueError:  # anybody may make a version; what is in production names its hash
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
 
 
 def systems() -> list[str]:
@@ -379,6 +394,7 @@ def fetch_version(version: Version) -> tuple[Path, Manifest]:
     Raises:
         ReleaseError: it cannot be fetched, or is not intact.
     """
+    _require_release_id(version)  # before a path is made of it
     folder = home() / "releases" / version.release_id
     if folder.exists():
         try:
@@ -412,9 +428,13 @@ def _is_release_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
-def _checked(version: Version, folder: Path, called: str | None = None) -> Manifest:
+def _require_release_id(version: Version) -> None:
     if not _is_release_id(version.release_id):
         raise ReleaseError(f"{version} carries no release id; it was not registered by agentkit")
+
+
+def _checked(version: Version, folder: Path, called: str | None = None) -> Manifest:
+    _require_release_id(version)
     manifest = read_release(folder, version.release_id, called=called)
     if manifest.system != version.name:
         raise ReleaseError(f"{version} holds a release of {manifest.system!r}")

@@ -10,6 +10,10 @@ from agentkit_tracking.keys import Trust
 from agentkit_tracking.statements import Move, Registration, check, read
 
 PRODUCTION = "production"
+TAG = "agentkit."
+# Tags of a version: two signed statements, the verdict in a word, names and versions of its prompts in MLflow.
+REGISTRATION, EVALUATION = f"{TAG}registration", f"{TAG}evaluation"
+VERDICT, PROMPTS = f"{TAG}last_verdict", f"{TAG}prompts"
 
 
 def is_production(name: str) -> bool:
@@ -86,7 +90,7 @@ def _one_person_problems(move: Move, registration: str | None, trust: Trust) -> 
         return ["nobody signed its registration, so author and approver cannot be told apart (separate_approver)"]
     try:
         signed = read(registration, Registration)
-        author = check(signed, trust, is_past=True)
+        author = check(signed, trust)
     except TrustError as e:
         return [f"its registration: {e}"]
     if (signed.statement.system, signed.statement.release) != (move.system, move.release):

@@ -181,7 +181,7 @@ def _own_imports(entry: Entry) -> Iterator[None]:
     """
     folders = [str(entry.file.parent), str(entry.root)]
     with _modules_lock:
-        before = {n: sys.modules.pop(n) for n, m in list(sys.modules.items()) if _is_own(m, entry)}
+        before = {n: sys.modules.pop(n) for n, m in sys.modules.copy().items() if _is_own(m, entry)}
         writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         sys.path[:0] = folders
         importlib.invalidate_caches()
@@ -191,7 +191,7 @@ def _own_imports(entry: Entry) -> Iterator[None]:
             sys.dont_write_bytecode = writes
             for folder in folders:
                 sys.path.remove(folder)
-            for n in [n for n, m in sys.modules.items() if _is_own(m, entry)]:
+            for n in [n for n, m in sys.modules.copy().items() if _is_own(m, entry)]:
                 del sys.modules[n]
             sys.modules.update(before)
 

@@ -51,7 +51,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agentkit_tracking.guard.registry_store import GuardedStore
-from agentkit_tracking.registry import TAG
+from agentkit_tracking.rules import TAG
 
 KIND, EVALUATION = f"{TAG}kind", "evaluation"
 RELEASE = "agentkit-release"  # the model_type of a release's logged model

@@ -30,11 +30,18 @@ from mlflow.utils.validation import _validate_model_version
 
 from agentkit.errors import AgentkitError, TrustError
 from agentkit_tracking import history as histories
-from agentkit_tracking.history import KEY, History
+from agentkit_tracking.history import KEY, History, with_history
 from agentkit_tracking.keys import Trust, load_trust
-from agentkit_tracking.mirrors import with_history
-from agentkit_tracking.registry import EVALUATION, PROMPTS, REGISTRATION, TAG, VERDICT
-from agentkit_tracking.rules import PRODUCTION, head_problems, is_production
+from agentkit_tracking.rules import (
+    EVALUATION,
+    PRODUCTION,
+    PROMPTS,
+    REGISTRATION,
+    TAG,
+    VERDICT,
+    head_problems,
+    is_production,
+)
 from agentkit_tracking.statements import Evaluation, Registration, check, read
 
 _HOW = (
@@ -158,6 +165,8 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         is_system = self._is_system(name)
         forged = [k for k in given if (self._is_ours(k) and k not in _AT_CREATION) or (is_system and _is_of_prompts(k))]
         self._require(not forged, name, f"the tags {forged} at creation")
+        release = given.get(f"{TAG}release_id", "0" * 64)
+        self._require(bool(re.fullmatch(r"[0-9a-f]{64}", release)), name, f"the release id {release[:80]!r}")
         if PROMPTS in given:
             with _refusing(name):
                 _read_prompts(given[PROMPTS], name)
