@@ -1,6 +1,8 @@
 """What an MLflow server runs so that `production` means evidence, by every route.
 
 mlflow server --backend-store-uri sqlite:///mlflow.db --registry-store-uri agentkit-sqlite:///mlflow.db --app-name agentkit
+
+`postgresql+psycopg2://…` with `agentkit-postgresql+psycopg2://…` likewise.
 """
 
 from __future__ import annotations
