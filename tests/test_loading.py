@@ -753,23 +753,22 @@ def test_what_a_kernel_says_of_its_results_is_judged_again(
     """It executes the release's own source, which can write what it likes; the verdict and the hashes are ours."""
     from agentkit_pipelines import evidence
 
-    ran = evidence.run_notebook
-
-    def cheated(name: str, parameters: Any, output: Path, *rest: Any) -> Path:
-        notebook = ran(name, parameters, output, *rest)
-        (output / "thresholds.yaml").write_text("system: colours\n")
-        if forged == "verdict":
-            text = (output / "verdict.json").read_text()
-            (output / "verdict.json").write_text(text.replace('"verdict": "pass"', '"verdict": "fail"'))
-        else:
-            told = json.loads((output / "settings.json").read_text())
-            told |= {"golden_sha256": "0" * 64, "thresholds_sha256": "0" * 64, "release": "0" * 64, "verdict": "pass"}
-            (output / "settings.json").write_text(json.dumps(told))
-        return notebook
-
-    with without_kernel():
+    with without_kernel(), monkeypatch.context() as patch:  # undone in this order
         ran = evidence.run_notebook
-        monkeypatch.setattr(evidence, "run_notebook", cheated)
+
+        def cheated(name: str, parameters: Any, output: Path, *rest: Any) -> Path:
+            notebook = ran(name, parameters, output, *rest)
+            (output / "thresholds.yaml").write_text("system: colours\n")
+            if forged == "verdict":
+                text = (output / "verdict.json").read_text()
+                (output / "verdict.json").write_text(text.replace('"verdict": "pass"', '"verdict": "fail"'))
+            else:
+                told = json.loads((output / "settings.json").read_text())
+                told |= {"golden_sha256": "0" * 64, "thresholds_sha256": "0" * 64, "release": "0" * 64}
+                (output / "settings.json").write_text(json.dumps(told))
+            return notebook
+
+        patch.setattr(evidence, "run_notebook", cheated)
         plan = evidence.Plan(registry.resolve("colours/3"), store.golden, store.thresholds, repeats=1)
         if forged == "verdict":
             with pytest.raises(TrustError, match="the verdict that the kernel left is not what its results give"):

@@ -688,8 +688,8 @@ FREE_ROUTES = {
     "prompt-optimization/jobs/search": "reads",
     "prompt-optimization/jobs/<job_id>": "as above",
     "prompt-optimization/jobs/<job_id>/cancel": "as above",
-    "demo/generate": "adds demonstrations under names of its own, through the same store",
-    "demo/delete": "deletes them, through the same store",
+    "demo/generate": "makes prompts of its own through the same store, which refuses their alias production, too",
+    "demo/delete": "deletes them through the same store",
     "runs/create-promptlab-run": "makes a run",
 }
 FREE_METHODS = {
@@ -810,6 +810,74 @@ def test_an_entry_signed_for_another_server_does_not_count_here(guarded: Site, t
         with pytest.raises(MlflowException, match="not on this server"):
             store.set_registered_model_tag("colours", RegisteredModelTag(f"{KEY}000001", past_entry(guarded, 1)))
         assert store.get_registered_model("colours").aliases == {}
+
+
+# ---- the store alone, as a server runs it
+
+
+@contextmanager
+def in_process(tmp_path: Path) -> Iterator[Store]:
+    """Grace at a database that is not her own home's, through the guard."""
+    store = prepared.promoted(tmp_path / "server")
+    trusting(store.home)
+    settings = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{store.database}", "AGENTKIT_TRUST": str(store.home / "trust.json"),
+        "AGENTKIT_SIGNING_KEY": GRACE.pem,
+    }  # fmt: skip
+    with as_user(tmp_path / "home-of-Grace", "Grace", **settings):
+        yield store
+
+
+def test_nothing_comes_between_a_check_and_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting the alias to what is in production is allowed; a withdrawal in that very moment has to wait."""
+    from agentkit_pipelines import promotion
+    from agentkit_tracking.guard.registry_store import GuardedStore
+
+    with in_process(tmp_path) as prepared_store:
+        store, checked = GuardedStore(f"sqlite:///{prepared_store.database}"), GuardedStore._mirrored
+        withdrawing = threading.Thread(target=lambda: promotion.withdraw("colours", why="now"))
+
+        def slowly(self: GuardedStore, name: str) -> int | None:
+            found = checked(self, name)
+            if self is store:
+                withdrawing.start()
+                withdrawing.join(1.0)
+            return found
+
+        monkeypatch.setattr(GuardedStore, "_mirrored", slowly)
+        store.set_registered_model_alias("colours", "production", "2")
+        withdrawing.join(60)
+        monkeypatch.undo()
+        assert [m.aliases for m in store.search_registered_models("name = 'colours'")] == [{}]
+
+
+def test_prompts_of_others_do_not_move_whatever_the_database_says(tmp_path: Path) -> None:
+    """Tags that were written past the guard name somebody else's model, or are no list at all."""
+    with in_process(tmp_path) as store:
+        for number, text in ((1, OTHERS_PROMPTS.replace("greeting", "chat")), (3, "x")):
+            store.sql("UPDATE model_version_tags SET value = ? WHERE key = ? AND version = ?", text, PROMPTS, number)
+        store.sql("INSERT INTO registered_models (name, workspace) VALUES ('chat', 'default')")
+        store.sql("INSERT INTO registered_model_aliases VALUES ('production', 1, 'chat', 'default')")
+        from agentkit_pipelines import promotion
+
+        promotion.withdraw("colours", why="now")
+        assert store.sql("SELECT name, alias FROM registered_model_aliases") == [("chat", "production")]
+
+
+def test_after_a_theft_somebody_else_registers_and_promotes_again(tmp_path: Path, project: Path) -> None:
+    from agentkit_tracking import registry
+    from agentkit_tracking.loading import load
+
+    with in_process(tmp_path) as store:
+        [stolen] = [k.id for k in keys.load_trust().keys if k.owner == "Ada"]
+        keys.revoke(stolen, "stolen")
+        for attempt in (lambda: load("colours@production"), lambda: store.promote("colours/2")):
+            with pytest.raises(TrustError, match="stolen"):
+                attempt()
+        (project / "colours.py").write_text(prepared.source(2))
+        assert registry.register_file("colours.py").number == 2
+        store.promote("colours/2")
+        assert load("colours@production").release == registry.resolve("colours/2").release_id
 
 
 # ---- what must still work
@@ -1123,6 +1191,7 @@ def test_on_postgresql_admins_are_refused_too(tmp_path: Path, project: Path) -> 
     with postgresql() as database:
         arguments = guarded_by(database, "agentkit-basic-auth")
         with mlflow_server(home, *arguments, workers=1, **settings) as url:
+            quicken_passwords(home / "auth.db")
             site = Site(url, home, database, auth=ADMIN)
             promote_two(site, project)
             add_neighbours(site)
@@ -1135,6 +1204,14 @@ def test_on_postgresql_admins_are_refused_too(tmp_path: Path, project: Path) -> 
                 assert answer.status_code == status
             promote_at_once(site, 3, site.newest(), tmp_path)
             one_of_many_wins(site, 4)
+
+
+def quicken_passwords(database: Path) -> None:
+    """MLflow takes a sixth of a second to check one, with every request."""
+    from werkzeug.security import generate_password_hash
+
+    with closing(sqlite3.connect(database)) as db, db:
+        db.execute("UPDATE users SET password_hash = ?", (generate_password_hash(ADMIN[1], "pbkdf2:sha256:1"),))
 
 
 def promote_two(site: Site, project: Path) -> None:

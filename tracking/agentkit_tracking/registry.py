@@ -21,17 +21,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agentkit.errors import ReleaseError, SourceError, UnknownReference, UsageError
+from agentkit.errors import ReleaseError, SourceError, TrustError, UnknownReference, UsageError
 from agentkit.systems import System, adopt
 from agentkit_tracking import manifest as manifests
 from agentkit_tracking.history import DESCRIPTION_LIMIT
 from agentkit_tracking.home import author, connect, experiment_id, home
-from agentkit_tracking.keys import signing_key
+from agentkit_tracking.keys import load_trust, signing_key
 from agentkit_tracking.live import differences
 from agentkit_tracking.manifest import Manifest, read_release
 from agentkit_tracking.rules import PROMPTS, REGISTRATION, TAG
 from agentkit_tracking.source import Entry, adopt_from, load_entry, parse_entry, prepared
-from agentkit_tracking.statements import Registration, sign, signer
+from agentkit_tracking.statements import Registration, read, sign, signer
 
 CANDIDATE = "candidate"
 _PROMPT_LIMIT = 100_000  # characters; mlflow takes no longer prompt
@@ -157,12 +157,24 @@ def store(system: System, entry: Entry) -> Version:
 
 
 def _vouched_for(known: Version, manifest: Manifest) -> Version:
-    """A release that was registered before, by nobody who signed, is registered anew by who can sign."""
+    """A release that was registered before, by nobody or with a key revoked since, is registered anew by who can sign."""
     tags = known.tags or {}
-    if REGISTRATION in tags or (signed := _signed_registration(manifest, tags)) is None:
+    present = tags.get(REGISTRATION)
+    if present is not None and not _is_revoked(present):
+        return known
+    if (signed := _signed_registration(manifest, tags)) is None:
         return known
     connect().set_model_version_tag(known.name, str(known.number), REGISTRATION, signed)
     return replace(known, tags={**tags, REGISTRATION: signed})
+
+
+def _is_revoked(registration: str) -> bool:
+    """Whether it was signed with a key that is revoked here."""
+    try:
+        key = load_trust().find(read(registration, Registration).key_id)
+    except TrustError:
+        return True
+    return key is not None and key.revoked is not None
 
 
 def _signed_registration(manifest: Manifest, metadata: dict[str, str]) -> str | None:
