@@ -175,12 +175,12 @@ def test_a_retry_is_part_of_the_latency_the_user_sees(serve: Serve) -> None:
         (Reply(text=lambda request: "I cannot say." if of_a_fifth(request) else answer(label="billing")),),
         (*[Reply(status=500)] * 12, Reply()),
         (*[Reply(body=b"<html>")] * 12, Reply()),
-        (*[Reply(delay=0.4)] * 12, Reply()),
+        (*[Reply(delay=1.2)] * 12, Reply()),
     ],
     ids=["invalid output", "server error", "malformed body", "time-out"],
 )
 def test_the_failure_rule_refuses_when_a_fifth_fails(serve: Serve, script: tuple[Reply, ...]) -> None:
-    serve(*script, num_retries=0, timeout=0.3)
+    serve(*script, num_retries=0, timeout=0.8)
     results = results_of(triage())
     assert results["task_failure"].sum() == 12
     assert results["success"].sum() == 48

@@ -24,7 +24,7 @@ from provider import Provider, Reply, Request, answer, prompt
 from releases import CASES, COLOURS, furnish
 
 from agentkit.examples import Example, write_examples
-from agentkit_pipelines import cli, evidence, pull_request
+from agentkit_pipelines import cli, evidence, gate_cli, pull_request
 from agentkit_pipelines.evidence import Evaluation
 from agentkit_pipelines.gate import RuleResult, Status, Verdict, judge
 from agentkit_pipelines.thresholds import Rule, Thresholds
@@ -271,7 +271,7 @@ def judged(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     def run(word: Word | None, *arguments: str) -> tuple[int, str]:
         verdict = None if word is None else verdict_of("success is what it is", word=word)
         done = Evaluation(version, project, NOW, verdict, before, "", 3, {"exercised": ["cost"]})
-        monkeypatch.setattr(cli, "_plan", lambda *_, **__: None)
+        monkeypatch.setattr(gate_cli, "_plan", lambda *_, **__: None)
         monkeypatch.setattr(evidence, "evaluate", lambda *_, **__: done)
         monkeypatch.setattr(sys, "argv", ["agentkit", "evaluate", "desk", *arguments])
         with pytest.raises(SystemExit) as ended:
