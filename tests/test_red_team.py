@@ -1,4 +1,4 @@
-"""Attacks on `production`, on real servers: every route and spelling, admins too. Each is refused and changes nothing."""
+"""Attacks on `production`, on real servers: every route and spelling, admins too; each is refused, nothing changes."""
 
 from __future__ import annotations
 
