@@ -9,12 +9,19 @@ AgentkitError
 │   ├── TrustError        no valid signature stands behind it, or what was signed is no longer what is stored
 │   └── UnknownReference  nothing is registered under the reference (a UsageError, too)
 ├── IllegalTransition     a run tried to go where the transition table does not lead
+├── ToolFailed            a tool raised, hung, or returned what it must not; goes back to the model as data
 └── Refusal               a rule stopped the run; never handed to the model as text
-    ├── PermissionDenied  the tool is not in the agent's inventory
-    └── BudgetExceeded    a hard limit would have been crossed by the next call
+    ├── PermissionDenied  the tool is not in the agent's inventory, or is forbidden
+    ├── PolicyRefused     the tool's own rule says no to these arguments for this caller
+    ├── BudgetExceeded    a hard limit would have been crossed by the next call
+    ├── Stopped           an operator has stopped the system, release, agent or tool
+    ├── ConflictingWrite  another agent of the same run has already written to the same thing
+    └── DelegationRefused agents hand work to each other in a circle, or too deep
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class AgentkitError(Exception):
@@ -71,16 +78,52 @@ class IllegalTransition(AgentkitError):
         self.source, self.target = source, target
 
 
+ToolFault = Literal["error", "timeout", "circuit open", "malformed"]
+
+
+class ToolFailed(AgentkitError):
+    """A tool did not do its work. Code may catch it and go on; an agent that plans by model is told as data.
+
+    `unknown` says that an effect may have happened all the same.
+    """
+
+    def __init__(self, tool: str, fault: ToolFault, message: str, *, attempts: int = 1, unknown: bool = False) -> None:
+        tries = f" after {attempts} attempts" if attempts > 1 else ""
+        doubt = "; whether it took effect is unknown" if unknown else ""
+        super().__init__(f"tool {tool!r} failed{tries} ({fault}): {message}{doubt}")
+        self.tool, self.fault, self.message, self.attempts, self.unknown = tool, fault, message, attempts, unknown
+
+
 class Refusal(AgentkitError):
     """A rule stopped the run. Ends the run; is never given to the model as text."""
 
 
 class PermissionDenied(Refusal):
-    """The agent called a tool that is not in its inventory."""
+    """The agent called a tool that is not in its inventory, or one that is forbidden to it."""
 
     def __init__(self, agent: str, tool: str, allowed: list[str]) -> None:
         super().__init__(f"agent {agent!r} may not use tool {tool!r}; its inventory is {allowed!r}")
         self.agent, self.tool, self.allowed = agent, tool, allowed
+
+
+class PolicyRefused(Refusal):
+    """The tool's own rule said no to these arguments for this caller."""
+
+    def __init__(self, tool: str, reason: str) -> None:
+        super().__init__(f"tool {tool!r} was not called: {reason}")
+        self.tool, self.reason = tool, reason
+
+
+class Stopped(Refusal):
+    """An operator has stopped this; it stays stopped until somebody resumes it."""
+
+
+class ConflictingWrite(Refusal):
+    """Two agents of one run wanted to write to the same thing."""
+
+
+class DelegationRefused(Refusal):
+    """Agents would have handed work to each other in a circle, or deeper than allowed."""
 
 
 class BudgetExceeded(Refusal):
