@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from agentkit import metrics
     from agentkit.agents import Agent
+    from agentkit.approvals import ApprovalRequest, Decision
+    from agentkit.autonomy import Autonomy
     from agentkit.budget import Budget, Ledger
+    from agentkit.callers import acting_for
+    from agentkit.calls import intercept
     from agentkit.embedded import Weights, fit
     from agentkit.errors import AgentkitError
     from agentkit.example_tables import keep_cases
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from agentkit.sinks import add_sink
     from agentkit.states import State, diagram
     from agentkit.systems import System, adopt, approve_with
-    from agentkit.tools import ApprovalRequest, Tool, tool
+    from agentkit.tools import Tool, tool
 
 # Read when litellm is first imported, which would otherwise try a download.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -26,8 +30,10 @@ os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 _HOME = {
     "Agent": "agents",
     "AgentkitError": "errors",
-    "ApprovalRequest": "tools",
+    "ApprovalRequest": "approvals",
+    "Autonomy": "autonomy",
     "Budget": "budget",
+    "Decision": "approvals",
     "Example": "examples",
     "Ledger": "budget",
     "Run": "runs",
@@ -36,12 +42,14 @@ _HOME = {
     "System": "systems",
     "Tool": "tools",
     "Weights": "embedded",
+    "acting_for": "callers",
     "add_sink": "sinks",
     "adopt": "systems",
     "approve_with": "systems",
     "build_lm": "models",
     "diagram": "states",
     "fit": "embedded",
+    "intercept": "calls",
     "keep_cases": "example_tables",
     "read_examples": "examples",
     "tool": "tools",
@@ -50,7 +58,9 @@ __all__ = [
     "Agent",
     "AgentkitError",
     "ApprovalRequest",
+    "Autonomy",
     "Budget",
+    "Decision",
     "Example",
     "Ledger",
     "Run",
@@ -59,12 +69,14 @@ __all__ = [
     "System",
     "Tool",
     "Weights",
+    "acting_for",
     "add_sink",
     "adopt",
     "approve_with",
     "build_lm",
     "diagram",
     "fit",
+    "intercept",
     "keep_cases",
     "metrics",
     "read_examples",

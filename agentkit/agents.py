@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import dspy
 from pydantic import BaseModel
 
-from agentkit.errors import SourceError
-from agentkit.runs import Run
+from agentkit.errors import ModelError, SourceError, ToolFailed
+from agentkit.runs import MAX_STEPS, Run
 from agentkit.states import State
 from agentkit.tools import Inventory, Tool
 
@@ -31,6 +31,8 @@ class Agent(dspy.Module):  # type: ignore[misc]
     name: ClassVar[str] = ""
     result: ClassVar[type[BaseModel]]
     tools: ClassVar[tuple[Tool[..., Any], ...]] = ()
+    forbidden_tools: ClassVar[tuple[str, ...]] = ()  # names of tools it may never call, whoever grants them
+    max_steps: ClassVar[int] = MAX_STEPS  # times it may go from planning to executing
 
     def plan(self, run: Run, **inputs: Any) -> Any:
         """PLANNING: understand the request; returns whatever `execute` needs."""
@@ -44,20 +46,44 @@ class Agent(dspy.Module):  # type: ignore[misc]
         """REFLECTING: check and compose the typed result."""
         raise NotImplementedError(f"{type(self).__name__}.reflect is not written")
 
+    def recover(self, run: Run, error: ToolFailed | ModelError, **inputs: Any) -> BaseModel | None:
+        """A lesser result where a tool or model failed for good (hand over to a person, say); None: the run fails.
+
+        Never asked about a refusal: a denied call or a spent budget ends the run.
+        """
+        return None
+
     def carry_out(self, run: Run, inputs: dict[str, Any]) -> BaseModel:
         """Take the run from PLANNING to a validated result.
 
         Raises:
             pydantic.ValidationError: the result does not fit its declared type.
         """
-        with run.acting_as(Inventory(self.name, self.tools)):
-            plan = self.plan(run, **inputs)
-            run.to(State.EXECUTING, "plan is made")
-            facts = self.execute(run, plan, **inputs)
-            run.to(State.REFLECTING, "tools are done")
-            found = self.reflect(run, plan, facts, **inputs)
+        run.max_steps = self.max_steps
+        with run.acting_as(self.inventory()):
+            try:
+                found = self._phases(run, inputs)
+            except (ToolFailed, ModelError) as e:
+                lesser = self.recover(run, e, **inputs)
+                if lesser is None:
+                    raise
+                run.degrade(e)
+                found = lesser
             data = found.model_dump(warnings=False) if isinstance(found, BaseModel) else found
             return self.result.model_validate(data, by_alias=True, by_name=True)
+
+    def _phases(self, run: Run, inputs: dict[str, Any]) -> BaseModel:
+        plan = self.plan(run, **inputs)
+        run.partial["plan"] = plan
+        run.to(State.EXECUTING, "plan is made")
+        facts = self.execute(run, plan, **inputs)
+        run.partial["facts"] = facts
+        run.to(State.REFLECTING, "tools are done")
+        return self.reflect(run, plan, facts, **inputs)
+
+    def inventory(self) -> Inventory:
+        """What this agent may use."""
+        return Inventory(self.name, tuple(self.tools), frozenset(self.forbidden_tools))
 
     def run(self, **inputs: Any) -> RunRecord:
         """Run this agent by itself, as a system of one; see `System.run`."""
@@ -85,6 +111,14 @@ class Agent(dspy.Module):  # type: ignore[misc]
         for phase in ("plan", "execute", "reflect"):
             if getattr(type(self), phase) is getattr(Agent, phase):
                 raise SourceError(f"agent class {type(self).__name__} does not write the phase `{phase}`")
+        names = {tool.name for tool in self.tools}
+        if both := sorted(names & set(self.forbidden_tools)):
+            raise SourceError(f"agent {self.name!r}: {both[0]!r} is among its tools and forbidden to it")
+        for tool in self.tools:
+            if tool.fallback is not None and tool.fallback not in self.tools:
+                raise SourceError(
+                    f"agent {self.name!r}: {tool.name!r} falls back on {tool.fallback.name!r}, which is not among its tools"
+                )
 
 
 @lru_cache(maxsize=512)

@@ -4,6 +4,7 @@ AgentkitError
 ├── UsageError            the caller asked for something that cannot be done
 │   ├── DataError         a file of examples or settings is not as documented
 │   ├── ModelError        no usable language model: missing key, unknown name, unreachable server
+│   │   └── MalformedOutput   the model's answer was cut off or of the wrong form, also when asked once more
 │   └── SourceError       a notebook or module cannot be turned into a release
 ├── ReleaseError          a stored release is missing, altered or not the one asked for
 │   ├── TrustError        no valid signature stands behind it, or what was signed is no longer what is stored
@@ -45,6 +46,18 @@ class DataError(UsageError):
 
 class ModelError(UsageError):
     """No usable language model: the key is missing, the name unknown or the server unreachable."""
+
+
+class MalformedOutput(ModelError):
+    """The model's answer was cut off or of the wrong form, and asking once more did not mend it.
+
+    `model` is the model string, `found` what is wrong with the answer, `said` the beginning of it.
+    """
+
+    def __init__(self, model: str, found: str, said: str = "", *, repaired: bool = False) -> None:
+        again = ", also when asked once more" if repaired else ""
+        super().__init__(f"{model}: {found}{again}" + (f"; it said {said[:200]!r}" if said else ""))
+        self.model, self.found, self.said, self.repaired = model, found, said, repaired
 
 
 class SourceError(UsageError):

@@ -15,7 +15,7 @@ class Step:
     """One thing a run did.
 
     `name` is the target state, predictor, tool or decision; times are seconds, `started` counted from the start
-    of the run; `usd` is what the step cost by the price table.
+    of the run; `usd` is what the step cost by the price table; `cached` says that it was answered from memory.
     """
 
     kind: StepKind
@@ -31,6 +31,7 @@ class Step:
     tokens_out: int = 0
     usd: float = 0.0
     error: str | None = None
+    cached: bool = False
 
 
 @dataclass(slots=True)
@@ -39,7 +40,10 @@ class RunRecord:
 
     `output` is the result as JSON-able data (None unless `state` is DONE); `release` is the content hash of the
     release, or None for an unregistered draft; `effects` lists the write and execute tools that really ran, in
-    order; `phases` maps planning, execution and reflection to seconds; `waited_s` is time spent on a person.
+    order, each with its `outcome` (done, failed, or unknown: it may have happened); `phases` maps planning, execution
+    and reflection to seconds; `waited_s` is time spent on a person; `degraded` says what failed where the agent fell
+    back on a lesser result; `partial` is what a failed run had found by then; `parent` is the run that called this
+    one; `user` is a hash of whoever it acted for, never the name.
     """
 
     run_id: str
@@ -61,6 +65,12 @@ class RunRecord:
     tokens_in: int
     tokens_out: int
     usd: float
+    parent: str | None = None
+    user: str | None = None
+    session: str | None = None
+    stage: str = "draft"
+    degraded: str | None = None
+    partial: dict[str, Any] | None = None
     steps: list[Step] = field(default_factory=list)
     result: Any = field(default=None, compare=False)  # the typed object; not stored
 

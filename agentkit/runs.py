@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import sys
+import hashlib
+import itertools
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
-from pydantic import TypeAdapter
-
+from agentkit import clock
+from agentkit.approvals import Approver
+from agentkit.autonomy import Autonomy
+from agentkit.blackboard import Claims
 from agentkit.budget import Budget, Ledger
-from agentkit.errors import IllegalTransition, PermissionDenied, Refusal
-from agentkit.records import RunRecord, Step
+from agentkit.callers import caller
+from agentkit.calls import Call, Kind, around, interceptors
+from agentkit.control import Notice, control
+from agentkit.current import CURRENT
+from agentkit.errors import BudgetExceeded, DelegationRefused, IllegalTransition, Refusal, Stopped
+from agentkit.governed import call_tool
+from agentkit.jsonable import jsonable
+from agentkit.records import RunRecord, Step, StepKind
 from agentkit.states import PHASES, TRANSITIONS, State
-from agentkit.tools import ApprovalRequest, Approver, Inventory, Tool
+from agentkit.tool_calls import abandoned
+from agentkit.tools import Inventory, Tool
 
-_current: ContextVar[Run | None] = ContextVar("agentkit_run", default=None)
-_JSONABLE = TypeAdapter(Any)
-DSPY_SETTING = "agentkit_run"  # DSPy hands its settings, but no context variables, to the threads it starts
-
-
-def current_run() -> Run | None:
-    """The run this code is part of, or None.
-
-    Threads that DSPy starts (`dspy.Parallel`) belong to their caller's run; others need `contextvars.copy_context()`.
-    """
-    run = _current.get()
-    if run is None and (dspy := sys.modules.get("dspy")):
-        run = dspy.settings.get(DSPY_SETTING)
-    return run
-
-
-def jsonable(value: Any) -> Any:
-    """`value` as JSON-able data; objects pydantic does not know become their `str`.
-
-    A value that is no data at all (circular, bytes that are no text) becomes its `repr`: no record is lost to it.
-    """
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    try:
-        return _JSONABLE.dump_python(value, mode="json", fallback=str, warnings=False)
-    except ValueError:
-        return repr(value)
+MAX_STEPS = 10  # times a run may go from planning to executing
+MAX_DEPTH = 4  # systems and agents that call each other, the first included
+_STOP_POLL_S = 0.5  # a wait looks for a stop this often
 
 
 class Run:
@@ -61,22 +46,41 @@ class Run:
         release: str | None = None,
         kind: str = "run",
         approver: Approver | None = None,
+        autonomy: Autonomy | None = None,
+        stage: str = "draft",
+        daily: tuple[Ledger, ...] = (),
+        parent: Run | None = None,
+        run_id: str | None = None,
     ) -> None:
-        self.run_id = uuid.uuid4().hex
-        self.system, self.inputs, self.release, self.kind = system, inputs, release, kind
+        self.run_id = run_id or uuid.uuid4().hex
+        self.system, self.inputs, self.release, self.kind, self.stage = system, inputs, release, kind, stage
+        self.caller = caller()
         self.state = State.IDLE
-        self.ledger = Ledger(budget, parent=ledger)
+        self.parent = parent
+        self.chain: tuple[str, ...] = _chain(parent, system)
+        above = [one for one in (ledger, parent.ledger if parent else None) if one is not None]
+        self.ledger: Ledger = Ledger(budget, *above, *daily)
         self.route: str | None = None
         self.routing: Any = None  # the router's whole prediction, for agents that combine its confidence with theirs
+        self.confidence: float | None = None  # the agent's own, 0 to 1; below the policy's bar a person decides
+        self.max_steps: int = MAX_STEPS
         self.steps: list[Step] = []
         self.effects: list[dict[str, Any]] = []
-        self._approver = approver
-        self._inventory: Inventory | None = None
+        self.partial: dict[str, Any] = {}
+        self.degraded: str | None = None
+        self.interceptors = interceptors()
+        self.claims: Claims = Claims() if parent is None else parent.claims
+        self.autonomy = autonomy or Autonomy()
+        self._daily = daily
+        self.approver = approver
+        self.inventory: Inventory | None = None
         self._refusal: Refusal | None = None
-        self._started_at = datetime.now(UTC)
+        self.asking = threading.Lock()
+        self._numbers = itertools.count()
+        self._plans = self.failures = 0
+        self._started_at = clock.utc()
         self._t0 = self._entered = time.perf_counter()
         self._in_state: dict[State, float] = {}
-        self._record: RunRecord | None = None
 
     # ---- states
 
@@ -85,96 +89,136 @@ class Run:
 
         Raises:
             IllegalTransition: the table has no such arrow; the run stays where it is.
+            BudgetExceeded: the plan has been made `max_steps` times already.
         """
         if target not in TRANSITIONS[self.state]:
             raise IllegalTransition(self.state, target)
+        if self.state is State.PLANNING and target is State.EXECUTING:
+            if self._plans >= self.max_steps:
+                self.refuse(BudgetExceeded("plan steps", self.max_steps, self._plans, 1))
+            self._plans += 1
         now = time.perf_counter()
         spent = now - self._entered
         self._in_state[self.state] = self._in_state.get(self.state, 0.0) + spent
         self._step("transition", target, started=self._entered, seconds=spent, inputs=str(self.state), outputs=reason)
         self.state, self._entered = target, now
 
+    def degrade(self, error: Exception) -> None:
+        """Go on to REFLECTING with a lesser result, because of `error`; the record says so."""
+        self.degraded = f"{type(error).__name__}: {error}"
+        if self.state is State.PLANNING:
+            self.to(State.EXECUTING, "nothing can be planned")
+        if self.state is State.EXECUTING:
+            self.to(State.REFLECTING, "falls back on a lesser result")
+        self.decide("recover", "a lesser result", self.degraded)
+
     # ---- calls
 
     def call(self, tool: Tool[..., Any], /, **arguments: Any) -> Any:
-        """Call a tool: inventory, then arguments, then budget, then a person where its limit asks for one.
+        """Call a tool: inventory, arguments, the tool's own check, budget, then the policy's tier, then the call.
 
         Returns:
             What the tool returns, or None when a person (or the lack of one) said no; the refusal is recorded.
 
         Raises:
-            PermissionDenied, BudgetExceeded: the call was not made.
+            Refusal: the call was not made, and the run will end.
             UsageError: the arguments do not fit the tool's schema.
+            ToolFailed: the tool, and its fallback where it has one, did not do its work.
         """
-        inventory = self._inventory
-        if inventory is None or not inventory.permits(tool):
-            agent, names = (inventory.agent, [t.name for t in inventory.tools]) if inventory else ("(none)", [])
-            error = PermissionDenied(agent, tool.name, names)
-            self._step("tool", tool.name, started=time.perf_counter(), inputs=jsonable(arguments), error=str(error))
-            self._refusal = self._refusal or error
-            raise error
-        values = tool.validate(arguments)
-        self._reserve(tool_calls=1)
-        if (reason := tool.human_needed(values)) and not self._ask(inventory.agent, tool, values, reason):
-            return None
-        if tool.permission != "read":
-            # Noted before it happens: an effect that fails half-way has still to be looked at.
-            self.effects.append({"tool": tool.name, "arguments": jsonable(values)})
-        with self._timed("tool", tool.name, inputs=jsonable(values)) as step:
-            result = tool.invoke(values)
-            step.outputs = jsonable(result)
-        return result
+        return call_tool(self, tool, arguments)
 
-    def _ask(self, agent: str, tool: Tool[..., Any], values: dict[str, Any], reason: str) -> bool:
-        request = ApprovalRequest(self.run_id, agent, tool.name, values, reason)
-        self.to(State.AWAITING_HUMAN, reason)
-        with self._timed("approval", tool.name, inputs=jsonable(values)) as step:
-            # Only the value True approves: a chatty approver that returns "no" must not.
-            granted = self._approver is not None and self._approver(request) is True
-            step.outputs = granted
-        by = "approved" if granted else "rejected" if self._approver else "rejected: nobody was there to approve"
-        self.to(State.EXECUTING, by)
-        return granted
+    def through(self, kind: Kind, name: str, arguments: Any, proceed: Callable[[], Any]) -> Any:
+        """`proceed()` as a call of this run, within whatever stands around its calls."""
+        if not self.interceptors:
+            return proceed()
+        return around(self.interceptors, self.next_call(kind, name, arguments), proceed)
 
-    def _reserve(self, **amounts: float) -> None:
-        self._heed_refusal()
-        try:
-            self.ledger.reserve(**amounts)
-        except Refusal as e:
-            self._refusal = e
-            raise
-
-    def _heed_refusal(self) -> None:
-        # Code around a call may catch everything (dspy.ReAct does); a refused run ends all the same.
-        if self._refusal is not None:
-            raise self._refusal
+    def next_call(self, kind: Kind, name: str, arguments: Any, tool: Tool[..., Any] | None = None) -> Call:
+        """The next call of this run, numbered, with a key that a restart of the same run gives it again."""
+        number = next(self._numbers)
+        key = hashlib.sha256(f"{self.run_id}/{number}/{name}".encode()).hexdigest()[:32]
+        given = jsonable(arguments) if self.interceptors else arguments
+        return Call(kind, name, given, number, key, self.agent, self, tool)
 
     @contextmanager
     def model_call(self, model: str, reserved: dict[str, float], inputs: Any = None) -> Iterator[Step]:
         """Reserve, time, record and settle one model call; the caller fills tokens and usd into the step."""
-        self._reserve(**reserved)
-        with self._timed("model", model, inputs=inputs) as step:
+        self.reserve(**reserved)
+        with self.timed("model", model, inputs=inputs) as step:
             step.model = model
             try:
                 yield step
+            except Exception:
+                self.failures += 1
+                raise
             finally:
                 used = {"model_calls": 1, "tokens_in": step.tokens_in, "tokens_out": step.tokens_out, "usd": step.usd}
                 self.ledger.settle(reserved, used)
 
     def decide(self, name: str, outcome: Any, reason: str) -> None:
         """Record a decision the agent's code took, with its reason."""
-        self._step("decision", name, started=time.perf_counter(), inputs=reason, outputs=jsonable(outcome))
+        self.note("decision", name, inputs=reason, outputs=jsonable(outcome))
+
+    def doing(self) -> str:
+        """What the agent is about, in two sentences for a person."""
+        done = [s.name for s in self.steps if s.kind in ("tool", "decision") and s.error is None]
+        asked = "; ".join(f"{name}: {value}" for name, value in self.inputs.items())
+        so_far = ", ".join(dict.fromkeys(done)) or "nothing"
+        return f"{self.agent or self.system} is working on {asked[:200]!r}. So far: {so_far}."
+
+    def tell(self, kind: str, text: str, **details: Any) -> None:
+        """Tell people, through the control plane. An evaluation's effects are rehearsals that concern nobody."""
+        plane = control()
+        if plane is not None and self.kind != "evaluation":
+            plane.notify(Notice(kind, self.run_id, self.system, text, details))
+
+    # ---- rules
+
+    def heed(self, tool: str | None = None) -> None:
+        """Raise what forbids going on (with `tool`): an earlier refusal, a stop, a try that has been given up."""
+        # Code around a call may catch everything (dspy.ReAct does); a refused run ends all the same.
+        if self._refusal is not None:
+            raise self._refusal
+        if abandoned():
+            raise Stopped("the tool that wanted this has run out of time")  # the run itself goes on
+        plane = control()
+        if plane is not None and (why := plane.stopped(self.system, self.release, self.agent, tool)):
+            self.refuse(Stopped(why))
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but not past a stop, and never past the run's time."""
+        end = clock.monotonic() + seconds
+        while (left := end - clock.monotonic()) > 0:
+            self.reserve()
+            clock.sleep(min(left, _STOP_POLL_S))
+
+    def budget_used(self) -> float:
+        """The largest used share of any limit, of the run or of the day."""
+        return max(ledger.share[0] for ledger in (self.ledger, *self._daily))
+
+    def reserve(self, **amounts: float) -> None:
+        """Set amounts aside in the budget, unless something forbids going on; either refusal ends the run."""
+        self.heed()
+        try:
+            self.ledger.reserve(**amounts)
+        except Refusal as e:
+            self.refuse(e)
+
+    def refuse(self, error: Refusal) -> NoReturn:
+        """End the run with `error`, whatever the code around catches."""
+        self._refusal = self._refusal or error
+        raise error
 
     # ---- running
 
     @contextmanager
     def acting_as(self, inventory: Inventory) -> Iterator[None]:
         """Give the code inside exactly this inventory."""
-        before, self._inventory = self._inventory, inventory
+        before, self.inventory = self.inventory, inventory
         try:
             yield
         finally:
-            self._inventory = before
+            self.inventory = before
 
     def carry_out(self, work: Callable[[Run], Any]) -> tuple[RunRecord, BaseException | None]:
         """Run `work` to DONE or FAILED.
@@ -183,17 +227,18 @@ class Run:
             The record, and the exception that ended the run (None when DONE). KeyboardInterrupt and SystemExit
             end the run as FAILED, too, and are handed back for the caller to raise.
         """
-        token, result, error = _current.set(self), None, None
+        token, result, error = CURRENT.set(self), None, None
         try:
+            self.heed()
             result = work(self)
-            self._heed_refusal()
+            self.heed()
             self.to(State.DONE, "result is valid")
         except BaseException as e:
             error = e
             if self.state not in (State.DONE, State.FAILED):
                 self.to(State.FAILED, f"{type(e).__name__}: {e}")
         finally:
-            _current.reset(token)
+            CURRENT.reset(token)
         return self._finish(result, error), error
 
     def _finish(self, result: Any, error: BaseException | None) -> RunRecord:
@@ -213,6 +258,12 @@ class Run:
             error=None if error is None else f"{type(error).__name__}: {error}",
             effects=self.effects,
             phases={name: self._in_state.get(state, 0.0) for state, name in PHASES.items()},
+            parent=None if self.parent is None else self.parent.run_id,
+            user=self.caller.user_hash,
+            session=self.caller.session,
+            stage=self.stage,
+            degraded=self.degraded,
+            partial=None if error is None or not self.partial else jsonable(self.partial),
             waited_s=self._in_state.get(State.AWAITING_HUMAN, 0.0),
             model_calls=len(models),
             tool_calls=sum(s.kind == "tool" for s in self.steps),
@@ -224,7 +275,8 @@ class Run:
         )
 
     @contextmanager
-    def _timed(self, kind: Any, name: str, inputs: Any) -> Iterator[Step]:
+    def timed(self, kind: StepKind, name: str, inputs: Any) -> Iterator[Step]:
+        """Record what the code inside does as a step, with its duration and its error."""
         start = time.perf_counter()
         step = self._step(kind, name, started=start, inputs=inputs)
         try:
@@ -235,8 +287,28 @@ class Run:
         finally:
             step.seconds = time.perf_counter() - start
 
+    def note(self, kind: StepKind, name: str, **values: Any) -> Step:
+        """Record a step that takes no time."""
+        return self._step(kind, name, started=time.perf_counter(), **values)
+
     def _step(self, kind: Any, name: str, *, started: float, **values: Any) -> Step:
-        agent = self._inventory.agent if self._inventory else None
-        step = Step(kind, str(name), str(self.state), started - self._t0, agent=agent, **values)
+        step = Step(kind, str(name), str(self.state), started - self._t0, agent=self.agent, **values)
         self.steps.append(step)
         return step
+
+    @property
+    def agent(self) -> str | None:
+        """The agent at work."""
+        return self.inventory.agent if self.inventory else None
+
+
+def _chain(parent: Run | None, system: str) -> tuple[str, ...]:
+    """Who called whom, down to this run; refuses circles and too deep a line."""
+    if parent is None:
+        return (system,)
+    line = " → ".join((*parent.chain, system))
+    if system in parent.chain:
+        parent.refuse(DelegationRefused(f"work goes in a circle: {line}"))
+    if len(parent.chain) >= MAX_DEPTH:
+        parent.refuse(DelegationRefused(f"work is handed on more than {MAX_DEPTH} deep: {line}"))
+    return (*parent.chain, system)

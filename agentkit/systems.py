@@ -8,17 +8,22 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dspy
 
 from agentkit.agents import Agent, parameters_of
+from agentkit.autonomy import Autonomy
 from agentkit.budget import Budget, Ledger
+from agentkit.callers import caller
+from agentkit.control import control
+from agentkit.current import DSPY_SETTING, current_run
 from agentkit.errors import SourceError, UsageError
 from agentkit.models import MeteredLM, build_lm, metered
 from agentkit.records import RunRecord
-from agentkit.runs import DSPY_SETTING, Run, current_run
+from agentkit.runs import Run
 from agentkit.sinks import emit
 from agentkit.states import State
 from agentkit.tools import Approver, Inventory, Tool
@@ -54,6 +59,9 @@ class System(dspy.Module):  # type: ignore[misc]
         agents: the hedgehogs; with more than one, `router` must be given.
         router: a predictor whose first output field names the agent.
         model: tier or model string, see `agentkit.models`.
+        budget: limits of one run; `daily` of all runs of a UTC day, in every process; `daily_per_user` of those of one
+            user (`agentkit.acting_for`). Evaluations are not charged to the day.
+        autonomy: which calls an agent makes alone, which people are told of, and which wait for a person.
         success: the metric that means success of a run; `metrics` are the others, reported beside it.
         files: data files that belong to the release (knowledge base, fixtures).
     """
@@ -66,6 +74,9 @@ class System(dspy.Module):  # type: ignore[misc]
         router: dspy.Predict | None = None,
         model: str = "fast",
         budget: Budget | None = None,
+        daily: Budget | None = None,
+        daily_per_user: Budget | None = None,
+        autonomy: Autonomy | None = None,
         success: Metric | None = None,
         metrics: Sequence[Metric] = (),
         files: Iterable[str | Path] = (),
@@ -79,10 +90,12 @@ class System(dspy.Module):  # type: ignore[misc]
         self.router = router
         self.agents = {agent.name: agent for agent in agents}
         self.model, self.budget = model, budget or Budget()
+        self.daily, self.daily_per_user, self.autonomy = daily, daily_per_user, autonomy or Autonomy()
         self.success, self.metrics = success, tuple(metrics)
         self.files = tuple(Path(f) for f in files)
         self.weights: Weights | None = None
         self.release: str | None = None  # content hash, set by the loader
+        self.stage = "draft"  # or "production": set by the loader
         self._lm: tuple[Any, MeteredLM] | None = None
         self._check_routing(len(agents))
         self._check_tools()
@@ -177,9 +190,6 @@ class System(dspy.Module):  # type: ignore[misc]
         self._check_inputs(inputs)
         self._meter()
         lm = self.lm  # built before the clock starts
-        outer = current_run()
-        if ledger is None and outer is not None:
-            ledger = outer.ledger  # a system called by an agent spends its caller's budget
         run = Run(
             self.name,
             inputs,
@@ -188,11 +198,23 @@ class System(dspy.Module):  # type: ignore[misc]
             release=self.release,
             kind=kind,
             approver=_approver.get(),
+            autonomy=self.autonomy,
+            stage=self.stage,
+            daily=self._ledgers_of_the_day(kind),
+            parent=current_run(),  # a system called by an agent spends its caller's budget
         )
         with dspy.context(lm=lm, **{DSPY_SETTING: run}):
             record, error = run.carry_out(lambda r: self.work(r, inputs))
         emit(record)
         return record, error
+
+    def _ledgers_of_the_day(self, kind: str) -> tuple[Ledger, ...]:
+        if kind == "evaluation" or (self.daily is None and self.daily_per_user is None):
+            return ()
+        plane = control()
+        if plane is None:
+            raise UsageError(f"{self.name} has a daily budget, but nothing is installed that keeps one")
+        return plane.ledgers(self.name, caller().user, self.daily, self.daily_per_user)
 
     def work(self, run: Run, inputs: dict[str, Any]) -> Any:
         """From IDLE to a result: route, then let the agent work."""
@@ -224,6 +246,28 @@ class System(dspy.Module):  # type: ignore[misc]
 
     # ---- what a release is made of
 
+    def permissions(self) -> pl.DataFrame:
+        """Who may call what: one row per tool, one column per agent.
+
+        Cells: the permission, `forbidden`, or null (denied, as everything is that is not granted).
+        """
+        import polars as pl
+
+        owners = self._inventories()
+        tools = {tool.name: tool for inventory in owners for tool in inventory.tools}
+        names = sorted({*tools, *(name for inventory in owners for name in inventory.forbidden)})
+
+        def cell(inventory: Inventory, name: str) -> str | None:
+            if name in inventory.forbidden:
+                return "forbidden"
+            return tools[name].permission if any(t.name == name for t in inventory.tools) else None
+
+        columns = {inventory.agent: [cell(inventory, name) for name in names] for inventory in owners}
+        return pl.DataFrame({"tool": names, **columns}, schema=dict.fromkeys(["tool", *columns], pl.String))
+
+    def _inventories(self) -> list[Inventory]:
+        return [agent.inventory() for agent in self.agents.values()]
+
     def prompts(self) -> dict[str, dict[str, Any]]:
         """Each predictor's prompt (instructions, fields, demonstrations) by a short dotted name."""
         return {short_name(name): p.dump_state() for name, p in self.named_predictors()}
@@ -237,12 +281,17 @@ class System(dspy.Module):  # type: ignore[misc]
                 name: {
                     "class": type(agent).__name__,
                     "tools": [t.name for t in agent.tools],
+                    "forbidden": sorted(agent.forbidden_tools),
+                    "max_steps": agent.max_steps,
                     "result": agent.result.model_json_schema(),
                 }
                 for name, agent in self.agents.items()
             },
             "tools": tools,
-            "budget": {k: getattr(self.budget, k) for k in Budget.__dataclass_fields__},
+            "budget": asdict(self.budget),
+            "daily": self.daily and asdict(self.daily),
+            "daily_per_user": self.daily_per_user and asdict(self.daily_per_user),
+            "autonomy": self.autonomy.spec(),
             "success": getattr(self.success, "__name__", None),
             "metrics": [getattr(m, "__name__", str(m)) for m in self.metrics],
         }
@@ -288,12 +337,15 @@ class Adopted(System):
     def _check_routing(self, count: int) -> None:
         pass  # a program routes for itself
 
+    def _inventories(self) -> list[Inventory]:
+        return [Inventory(self.name, self.tools)]
+
     def work(self, run: Run, inputs: dict[str, Any]) -> Any:
         """Call the program; what it returns is the result, None is not one."""
         run.to(State.PLANNING, "request received")
         run.route = type(self.program).__name__ if isinstance(self.program, dspy.Module) else self.name
         run.to(State.EXECUTING, "adopted program plans for itself")
-        with run.acting_as(Inventory(self.name, self.tools)):
+        with run.acting_as(*self._inventories()):
             answer = self.program(**inputs)
         run.to(State.REFLECTING, "program returned")
         if answer is None:

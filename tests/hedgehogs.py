@@ -37,7 +37,7 @@ class Hedgehog(ak.Agent):
         return Found(value=facts)
 
 
-def doing(work: Work, *tools: ak.Tool[..., Any], **options: Any) -> ak.System:
+def doing(work: Work, *tools: ak.Tool[..., Any], name: str = "worker", **options: Any) -> ak.System:
     """A system of one hedgehog that does `work` in EXECUTING and brings back what it returns."""
 
     class Worker(Hedgehog):
@@ -45,7 +45,7 @@ def doing(work: Work, *tools: ak.Tool[..., Any], **options: Any) -> ak.System:
             return work(run)
 
     Worker.tools = tools
-    return ak.System("worker", [Worker()], **options)
+    return ak.System(name, [Worker()], **options)
 
 
 class Script:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 import agentkit as ak
 from agentkit import Budget, Run, RunRecord
 from agentkit.errors import BudgetExceeded, SourceError, UsageError
-from agentkit.runs import current_run
+from agentkit.current import current_run
 
 
 class Route(dspy.Signature):
@@ -296,7 +296,7 @@ def test_a_nested_system_spends_its_callers_budget(records: list[RunRecord]) -> 
 
 
 def test_a_nested_system_has_the_inventory_of_its_own_agents() -> None:
-    inner = doing(lambda run: run.call(pay, usd=1))
+    inner = doing(lambda run: run.call(pay, usd=1), name="inner")
     record = doing(lambda run: inner.run().error, pay).run()
     assert "agent 'hedgehog' may not use tool 'pay'; its inventory is []" in str(record.output)
 

@@ -51,7 +51,17 @@ def test_a_tool_describes_itself_for_the_release() -> None:
         "name": "refund",
         "description": "Pay money back.",
         "permission": "write",
+        "criticality": "medium",
         "human_at": {"amount_usd": 50.0},
+        "cost_usd": 0.0,
+        "idempotent": False,
+        "timeout_s": 30.0,
+        "tries": 3,
+        "fallback": None,
+        "per_second": None,
+        "cache_s": None,
+        "check": None,
+        "writes_to": None,
         "arguments": {
             "title": "refund",
             "type": "object",
@@ -241,7 +251,8 @@ def test_below_the_limit_nobody_is_asked() -> None:
 
     record = pay(49.99, never)
     assert record.output == {"value": "RF-A"}
-    assert record.effects == [{"tool": "refund", "arguments": {"order_id": "A", "amount_usd": 49.99}}]
+    done = {"tool": "refund", "arguments": {"order_id": "A", "amount_usd": 49.99}, "outcome": "done"}
+    assert record.effects == [done]
     assert PAID == [("A", 49.99)]
 
 
@@ -256,9 +267,13 @@ def test_from_the_limit_on_a_person_is_asked_and_told_what_and_why(amount: Any) 
     record = pay(amount, yes)
     reason = f"amount_usd is {float(amount):.2f}, and from 50.00 on a person decides"
     arguments = {"order_id": "A", "amount_usd": float(amount)}
-    assert asked == [ApprovalRequest(record.run_id, "hedgehog", "refund", arguments, reason)]
+    (request,) = asked
+    told = (request.run_id, request.agent, request.tool, request.arguments, request.reason)
+    assert told == (record.run_id, "hedgehog", "refund", arguments, reason)
+    assert request.system == "worker"
+    assert "hedgehog is working on" in request.doing
     assert [("A", float(amount))] == PAID
-    assert [(s.name, s.outputs) for s in steps(record, "approval")] == [("refund", True)]
+    assert [(s.name, s.outputs) for s in steps(record, "approval")] == [("refund", {"verdict": "approve"})]
     moves = [(s.inputs, s.name, s.outputs) for s in steps(record, "transition")]
     assert moves[2:4] == [("EXECUTING", "AWAITING_HUMAN", reason), ("AWAITING_HUMAN", "EXECUTING", "approved")]
 
@@ -278,7 +293,7 @@ def test_only_true_approves(answer: Any, amount: float) -> None:
     record = pay(amount, lambda request: answer)
     assert (record.state, record.output) == ("DONE", {"value": None})
     assert (record.effects, record.tool_calls, PAID) == ([], 0, [])
-    assert [s.outputs for s in steps(record, "approval")] == [False]
+    assert [s.outputs for s in steps(record, "approval")] == [{"verdict": "reject"}]
     assert steps(record, "transition")[3].outputs == "rejected"
 
 
@@ -312,7 +327,7 @@ def test_an_amount_that_is_none_reaches_a_person(amount: Any) -> None:
 
 
 def test_effects_are_the_writing_tools_that_ran_in_order() -> None:
-    @ak.tool(permission="execute")
+    @ak.tool(permission="execute", criticality="low")
     def restart(device: str) -> str:
         """Restart a device."""
         return f"restarted {device}"
@@ -336,8 +351,10 @@ def test_a_writing_tool_that_fails_half_way_is_an_effect_all_the_same() -> None:
         raise TimeoutError("no answer; it may have been sent")
 
     record = doing(lambda run: run.call(send, to="Ann"), send).run()
-    assert record.error == "TimeoutError: no answer; it may have been sent"
-    assert record.effects == [{"tool": "send", "arguments": {"to": "Ann"}}]
+    doubt = "whether it took effect is unknown"
+    error = f"tool 'send' failed (timeout): TimeoutError: no answer; it may have been sent; {doubt}"
+    assert record.error == f"ToolFailed: {error}"
+    assert record.effects == [{"tool": "send", "arguments": {"to": "Ann"}, "outcome": "unknown"}]
 
 
 # --- tools as plain functions --------------------------------------------------------------------------------------
@@ -386,21 +403,21 @@ class Stubborn(Hedgehog):
 
     def execute(self, run: Run, plan: Any, text: str = "") -> Any:
         try:
-            self.forbidden(run)
+            self.refused(run)
         except Exception as e:
             return self.decide(news=str(e)).answer
 
-    def forbidden(self, run: Run) -> Any:
+    def refused(self, run: Run) -> Any:
         return run.call(refund, order_id="A", amount_usd=1)
 
 
 class Spendthrift(Stubborn):
-    def forbidden(self, run: Run) -> Any:
+    def refused(self, run: Run) -> Any:
         return [run.call(look_up, order_id="A") for _ in range(3)]
 
 
 class Looping(Stubborn):
-    def forbidden(self, run: Run) -> Any:
+    def refused(self, run: Run) -> Any:
         return [self.decide(news="none yet") for _ in range(3)]
 
 

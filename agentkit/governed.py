@@ -1,0 +1,225 @@
+"""The road of a tool call: inventory, arguments, the tool's own check, budget, tier, person, tries, fallback."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from agentkit.approvals import ApprovalRequest, Decision, decide
+from agentkit.autonomy import Situation, Tier
+from agentkit.breaker import CircuitOpen
+from agentkit.calls import Call, around, around_attempt
+from agentkit.errors import AgentkitError, PermissionDenied, PolicyRefused, Refusal, ToolFailed, ToolFault
+from agentkit.jsonable import canonical, jsonable
+from agentkit.states import State
+from agentkit.tool_calls import FIRST_WAIT_S, Overdue, transient, within
+
+if TYPE_CHECKING:
+    from agentkit.runs import Run
+    from agentkit.tools import Inventory, Tool
+
+    AnyTool = Tool[..., Any]
+Values = dict[str, Any]
+
+
+def call_tool(run: Run, tool: AnyTool, arguments: Values) -> Any:
+    """See `Run.call`."""
+    inventory = _permit(run, tool, arguments)
+    run.heed(tool.name)
+    values = tool.validate(arguments)
+    _check(run, tool, values)
+    cost = {"tool_calls": 1.0, "usd": tool.cost_usd}
+    run.reserve(**cost)  # held while a person is asked; the first try uses it up
+    if (kept := tool.line.cached(canonical(values))) is not None:
+        run.ledger.settle(cost, {"tool_calls": 1.0})
+        run.note("tool", tool.name, inputs=jsonable(values), outputs=jsonable(kept[0]), cached=True)
+        return copy.deepcopy(kept[0])
+    try:
+        tier, why = _tier(run, tool, values)
+        if tier is Tier.WAIT:
+            decision = _ask(run, inventory.agent, tool, values, why)
+            if not decision.granted:
+                run.ledger.settle(cost, {})
+                return None
+            if decision.verdict == "modify":
+                values = tool.validate(decision.arguments or {})
+                _check(run, tool, values)
+        run.heed(tool.name)  # somebody may have stopped it meanwhile
+    except BaseException:
+        run.ledger.settle(cost, {})
+        raise
+    try:
+        result = _make(run, tool, values)
+    except ToolFailed as e:
+        if e.unknown:
+            run.tell("unknown", str(e), tool=tool.name, arguments=jsonable(values))
+        if tool.fallback is None or e.unknown:
+            raise
+        run.decide("fallback", tool.fallback.name, str(e))
+        return call_tool(run, tool.fallback, values)
+    if tier is Tier.NOTIFY:
+        text = f"{inventory.agent} called {tool.name}"
+        run.tell("acted", text, tool=tool.name, arguments=jsonable(values), why=why)
+    return result
+
+
+def _permit(run: Run, tool: AnyTool, arguments: Values) -> Inventory:
+    inventory = run.inventory
+    if inventory is None or not inventory.permits(tool):
+        agent, names = (inventory.agent, [t.name for t in inventory.tools]) if inventory else ("(none)", [])
+        _deny(run, tool, arguments, PermissionDenied(agent, tool.name, names))
+    return inventory
+
+
+def _check(run: Run, tool: AnyTool, values: Values) -> None:
+    """The tool's own rule, and nobody else of this run at work on the same thing."""
+    reason = None if tool.check is None else tool.check(values, run.caller.user)
+    if reason is not None:
+        _deny(run, tool, values, PolicyRefused(tool.name, reason))
+    if tool.writes_to is not None:
+        conflict = run.claims.take(tool.writes_to, values.get(tool.writes_to), run.agent or "")
+        if conflict is not None:
+            _deny(run, tool, values, conflict)
+
+
+def _deny(run: Run, tool: AnyTool, arguments: Values, error: Refusal) -> NoReturn:
+    run.note("tool", tool.name, inputs=jsonable(arguments), error=str(error))
+    run.refuse(error)
+
+
+def _tier(run: Run, tool: AnyTool, values: Values) -> tuple[Tier, str]:
+    """The tier, and why. What it was stays what it was when a durable run is taken up again."""
+    changes = tool.permission != "read"
+
+    def decide_now() -> list[Any]:
+        tier, why = run.autonomy.decide(
+            Situation(
+                permission=tool.permission,
+                criticality=tool.criticality,
+                production=run.stage == "production",
+                confidence=run.confidence,
+                failures=run.failures,
+                budget_used=run.budget_used() if changes else 0.0,
+                over=tool.human_needed(values) if changes else None,
+            )
+        )
+        return [int(tier), "; ".join(why)]
+
+    if not changes:
+        tier, why = decide_now()
+        return Tier(tier), why
+    tier, why = run.through("tier", tool.name, values, decide_now)
+    run.decide(f"tier of {tool.name}", tier, why)
+    return Tier(tier), why
+
+
+def _ask(run: Run, agent: str, tool: AnyTool, values: Values, reason: str) -> Decision:
+    call = run.next_call("approval", tool.name, values, tool)
+    request = ApprovalRequest(
+        run.run_id,
+        agent,
+        tool.name,
+        jsonable(values),
+        reason,
+        system=run.system,
+        release=run.release,
+        doing=run.doing(),
+        confidence=run.confidence,
+        user=run.caller.user,
+        key=call.key,
+    )
+    with run.asking:  # one state machine: a second thread's question waits for the first's answer
+        run.to(State.AWAITING_HUMAN, reason)
+        began = time.perf_counter()
+        with run.timed("approval", tool.name, inputs=jsonable(values)) as step:
+            answer = around(run.interceptors, call, lambda: asdict(decide(run.approver, request)))
+            decision = Decision(**answer)
+            step.outputs = {name: value for name, value in answer.items() if value not in (None, "")}
+        run.ledger.excuse(time.perf_counter() - began)  # a person's time is not the agent's
+        run.to(State.EXECUTING, _in_words(decision))
+    return decision
+
+
+def _in_words(decision: Decision) -> str:
+    word = {"approve": "approved", "modify": "approved with changes", "reject": "rejected"}[decision.verdict]
+    by = f" by {decision.by}" if decision.by else ""
+    return f"{word}{by}" + (f": {decision.reason}" if decision.reason else "")
+
+
+def _make(run: Run, tool: AnyTool, values: Values) -> Any:
+    """Make the call, within whatever stands around it."""
+    call = run.next_call("tool", tool.name, values, tool)
+    effect: Values | None = None
+    if tool.permission != "read":
+        # Noted before it happens: an effect that fails half-way has still to be looked at.
+        effect = {"tool": tool.name, "arguments": jsonable(values), "outcome": "unknown"}
+        run.effects.append(effect)
+    with run.timed("tool", tool.name, inputs=jsonable(values)) as step:
+        try:
+            if run.interceptors:
+                found = around(run.interceptors, call, lambda: jsonable(_tries(run, tool, call, values)))
+                result = tool.validate_result(found)
+            else:
+                result = _tries(run, tool, call, values)
+        except ToolFailed as e:
+            run.failures += 1
+            if effect is not None and not e.unknown:
+                effect["outcome"] = "failed"
+            raise
+        step.outputs = jsonable(result)
+    if effect is not None:
+        effect["outcome"] = "done"
+    tool.line.keep(canonical(values), result)
+    return result
+
+
+def _tries(run: Run, tool: AnyTool, call: Call, values: Values) -> Any:
+    """Try until it works, as often as the tool may be tried; only what may be repeated is."""
+    most = tool.tries if tool.idempotent else 1
+    for tried in range(1, most + 1):
+        try:
+            return tool.line.breaker.call(lambda: _try(run, tool, call, values, first=tried == 1), counts=_is_fault)  # noqa: B023
+        except CircuitOpen as e:
+            raise ToolFailed(tool.name, "circuit open", str(e), attempts=tried) from e
+        except AgentkitError:
+            raise
+        except Exception as e:
+            wait = FIRST_WAIT_S * 2 ** (tried - 1)
+            if not transient(e) or tried == most or wait >= run.ledger.seconds_left:
+                raise _failed(tool, e, tried) from e
+            run.decide("retry", tool.name, f"{type(e).__name__}: {e}; next try in {wait:g} s")
+            run.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def _failed(tool: AnyTool, error: Exception, tried: int) -> ToolFailed:
+    fault: ToolFault = "timeout" if isinstance(error, Overdue | TimeoutError) else "error"
+    unknown = tool.permission != "read" and transient(error)
+    return ToolFailed(tool.name, fault, f"{type(error).__name__}: {error}", attempts=tried, unknown=unknown)
+
+
+def _is_fault(error: BaseException) -> bool:
+    """Whether an error is the tool's, and not a rule of ours that stopped it."""
+    return isinstance(error, ToolFailed) or (isinstance(error, Exception) and not isinstance(error, AgentkitError))
+
+
+def _try(run: Run, tool: AnyTool, call: Call, values: Values, *, first: bool) -> Any:
+    if tool.line.rate is not None and (wait := tool.line.rate.wait_s()):
+        run.sleep(wait)
+    if not first:
+        run.reserve(tool_calls=1.0, usd=tool.cost_usd)
+
+    def work() -> Any:
+        return around_attempt(run.interceptors, call, lambda: tool.invoke(values, key=call.key))
+
+    left = run.ledger.seconds_left
+    if tool.timeout_s is None:
+        return tool.validate_result(work())
+    try:
+        return tool.validate_result(within(min(tool.timeout_s, left), work))
+    except Overdue:
+        if left < tool.timeout_s:
+            run.reserve()  # raises: the run's own time is up, which is a refusal
+        raise
