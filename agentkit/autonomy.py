@@ -69,10 +69,10 @@ class Autonomy:
     def _raised(self, now: Situation) -> Iterator[tuple[Tier, str]]:
         if self.in_production is not None and now.production:
             yield Tier(self.in_production), "it takes effect in production"
+        bar, sure = self.confidence_below, now.confidence
         # `not >=` rather than `<`: a confidence of NaN is none at all.
-        if self.confidence_below is not None and now.confidence is not None:
-            if not now.confidence >= self.confidence_below:
-                yield Tier.WAIT, f"confidence is {now.confidence:.2f}, below {self.confidence_below:g}"
+        if bar is not None and sure is not None and not sure >= bar:
+            yield Tier.WAIT, f"confidence is {sure:.2f}, below {bar:g}"
         if self.failures_from is not None and now.failures >= self.failures_from:
             yield Tier.WAIT, f"{now.failures} calls of this run have failed"
         if self.budget_used_from is not None and now.budget_used >= self.budget_used_from:

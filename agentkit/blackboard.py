@@ -22,3 +22,7 @@ class Claims:
         if owner == agent:
             return None
         return ConflictingWrite(f"agent {agent!r} may not write to {kind} {value!r}: {owner!r} of this run already has")
+
+
+class Blackboard:
+    """To be written."""

@@ -22,7 +22,8 @@ class Caller:
         return None if self.user is None else hashlib.sha256(self.user.encode("utf-8", "replace")).hexdigest()[:16]
 
 
-_caller: ContextVar[Caller] = ContextVar("agentkit_caller", default=Caller())
+_NOBODY = Caller()
+_caller: ContextVar[Caller] = ContextVar("agentkit_caller", default=_NOBODY)
 
 
 @contextmanager

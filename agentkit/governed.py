@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,7 +11,7 @@ from agentkit.autonomy import Situation, Tier
 from agentkit.breaker import CircuitOpen
 from agentkit.calls import Call, around, around_attempt
 from agentkit.errors import AgentkitError, PermissionDenied, PolicyRefused, Refusal, ToolFailed, ToolFault
-from agentkit.jsonable import canonical, jsonable
+from agentkit.jsonable import jsonable
 from agentkit.states import State
 from agentkit.tool_calls import FIRST_WAIT_S, Overdue, transient, within
 
@@ -32,10 +31,10 @@ def call_tool(run: Run, tool: AnyTool, arguments: Values) -> Any:
     _check(run, tool, values)
     cost = {"tool_calls": 1.0, "usd": tool.cost_usd}
     run.reserve(**cost)  # held while a person is asked; the first try uses it up
-    if (kept := tool.line.cached(canonical(values))) is not None:
+    if (kept := tool.line.cached(values)) is not None:
         run.ledger.settle(cost, {"tool_calls": 1.0})
         run.note("tool", tool.name, inputs=jsonable(values), outputs=jsonable(kept[0]), cached=True)
-        return copy.deepcopy(kept[0])
+        return kept[0]
     try:
         tier, why = _tier(run, tool, values)
         if tier is Tier.WAIT:
@@ -171,7 +170,7 @@ def _make(run: Run, tool: AnyTool, values: Values) -> Any:
         step.outputs = jsonable(result)
     if effect is not None:
         effect["outcome"] = "done"
-    tool.line.keep(canonical(values), result)
+    tool.line.keep(values, result)
     return result
 
 

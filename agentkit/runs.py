@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from agentkit import clock
 from agentkit.approvals import Approver
 from agentkit.autonomy import Autonomy
-from agentkit.blackboard import Claims
+from agentkit.blackboard import Blackboard, Claims
 from agentkit.budget import Budget, Ledger
 from agentkit.callers import caller
 from agentkit.calls import Call, Kind, around, interceptors
@@ -70,6 +70,7 @@ class Run:
         self.degraded: str | None = None
         self.interceptors = interceptors()
         self.claims: Claims = Claims() if parent is None else parent.claims
+        self.board: Blackboard | None = None if parent is None else parent.board
         self.autonomy = autonomy or Autonomy()
         self._daily = daily
         self.approver = approver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentkit import clock
 from agentkit.breaker import Breaker
+from agentkit.jsonable import canonical
 
 if TYPE_CHECKING:
     from cachetools import TTLCache
@@ -99,18 +101,19 @@ class Line:
 
             self._cache = TTLCache(_CACHED, cache_s, timer=clock.monotonic)
 
-    def cached(self, key: bytes) -> tuple[Any] | None:
-        """The kept result in a tuple of one, or None."""
+    def cached(self, arguments: Any) -> tuple[Any] | None:
+        """A copy of the kept result for these arguments, in a tuple of one, or None."""
         if self._cache is None:
             return None
         with self._lock:
-            return (self._cache[key],) if key in self._cache else None
+            found = self._cache.get(canonical(arguments), self)
+        return None if found is self else (copy.deepcopy(found),)
 
-    def keep(self, key: bytes, result: Any) -> None:
-        """Keep a result, if this tool's are kept."""
+    def keep(self, arguments: Any, result: Any) -> None:
+        """Keep a copy of a result, if this tool's are kept."""
         if self._cache is not None:
             with self._lock:
-                self._cache[key] = result
+                self._cache[canonical(arguments)] = copy.deepcopy(result)
 
 
 def transient(error: BaseException) -> bool:

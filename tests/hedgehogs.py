@@ -1,4 +1,4 @@
-"""Small agents for the tests of the runtime, and a language model that reads its answers from a script."""
+"""Small agents for the tests of the runtime."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import dspy
-from dspy.lm15 import Message, Request, Response, TextPart, Usage
 from pydantic import BaseModel
 
 import agentkit as ak
 from agentkit.models import MeteredLM, Price
+from agentkit.testing import Scripted as Script
 
 Work = Callable[[ak.Run], Any]
 
@@ -46,28 +46,6 @@ def doing(work: Work, *tools: ak.Tool[..., Any], name: str = "worker", **options
 
     Worker.tools = tools
     return ak.System(name, [Worker()], **options)
-
-
-class Script:
-    """An engine for `dspy.LM` that gives the answers it was told to, in turn, and keeps the prompts it read."""
-
-    def __init__(self, *answers: dict[str, str]) -> None:
-        self.answers, self.prompts = list(answers), list[str]()
-
-    def complete(self, request: Request) -> Response:
-        self.prompts.append("\n".join([str(request.system), *(m.text or "" for m in request.messages)]))
-        fields = self.answers[len(self.prompts) - 1] | {"completed": ""}
-        text = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in fields.items())
-        return Response(
-            id=None,
-            model="script/1",
-            message=Message.assistant([TextPart(text)]),
-            finish_reason="stop",
-            usage=Usage(input_tokens=100, output_tokens=10, total_tokens=110),
-        )
-
-    def close(self) -> None:
-        """Nothing to close; part of the engine protocol."""
 
 
 def speaking(program: dspy.Module, script: Script) -> dspy.Module:

@@ -43,7 +43,10 @@ def load(reference: str | Path, *, trust: bool = False) -> System:
         TrustError: it is not trusted; says what differs or what is missing.
         ReleaseError: not found, not intact, or its source builds something else than its manifest says.
     """
-    return load_folder(*fetch(reference, trust=trust))
+    system = load_folder(*fetch(reference, trust=trust))
+    if is_production(str(reference).partition("@")[2]):
+        system.stage = "production"  # its effects are real: the policy may ask for more
+    return system
 
 
 def fetch(reference: str | Path, *, trust: bool = False) -> tuple[Path, Manifest]:
