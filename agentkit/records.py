@@ -43,7 +43,7 @@ class RunRecord:
     order, each with its `outcome` (done, failed, or unknown: it may have happened); `phases` maps planning, execution
     and reflection to seconds; `waited_s` is time spent on a person; `degraded` says what failed where the agent fell
     back on a lesser result; `partial` is what a failed run had found by then; `parent` is the run that called this
-    one; `user` is a hash of whoever it acted for, never the name.
+    one; `user_hash` stands for whoever it acted for.
     """
 
     run_id: str
@@ -66,7 +66,7 @@ class RunRecord:
     tokens_out: int
     usd: float
     parent: str | None = None
-    user: str | None = None
+    user_hash: str | None = None
     session: str | None = None
     stage: str = "draft"
     degraded: str | None = None

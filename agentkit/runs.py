@@ -28,6 +28,7 @@ from agentkit.states import PHASES, TRANSITIONS, State
 from agentkit.tool_calls import abandoned
 from agentkit.tools import Inventory, Tool
 
+REHEARSALS = ("evaluation", "chaos", "replay")  # kinds of run that concern nobody outside
 MAX_STEPS = 10  # times a run may go from planning to executing
 MAX_DEPTH = 4  # systems and agents that call each other, the first included
 _STOP_POLL_S = 0.5  # a wait looks for a stop this often
@@ -168,9 +169,9 @@ class Run:
         return f"{self.agent or self.system} is working on {asked[:200]!r}. So far: {so_far}."
 
     def tell(self, kind: str, text: str, **details: Any) -> None:
-        """Tell people, through the control plane. An evaluation's effects are rehearsals that concern nobody."""
+        """Tell people, through the control plane."""
         plane = control()
-        if plane is not None and self.kind != "evaluation":
+        if plane is not None and self.kind not in REHEARSALS:
             plane.notify(Notice(kind, self.run_id, self.system, text, details))
 
     # ---- rules
@@ -260,7 +261,7 @@ class Run:
             effects=self.effects,
             phases={name: self._in_state.get(state, 0.0) for state, name in PHASES.items()},
             parent=None if self.parent is None else self.parent.run_id,
-            user=self.caller.user_hash,
+            user_hash=self.caller.user_hash,
             session=self.caller.session,
             stage=self.stage,
             degraded=self.degraded,

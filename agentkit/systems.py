@@ -23,7 +23,7 @@ from agentkit.current import DSPY_SETTING, current_run
 from agentkit.errors import SourceError, UsageError
 from agentkit.models import MeteredLM, build_lm, metered
 from agentkit.records import RunRecord
-from agentkit.runs import Run
+from agentkit.runs import REHEARSALS, Run
 from agentkit.sinks import emit
 from agentkit.states import State
 from agentkit.tools import Approver, Inventory, Tool
@@ -60,7 +60,7 @@ class System(dspy.Module):  # type: ignore[misc]
         router: a predictor whose first output field names the agent.
         model: tier or model string, see `agentkit.models`.
         budget: limits of one run; `daily` of all runs of a UTC day, in every process; `daily_per_user` of those of one
-            user (`agentkit.acting_for`). Evaluations are not charged to the day.
+            user (`agentkit.acting_for`). Evaluations and replays are not charged to the day.
         autonomy: which calls an agent makes alone, which people are told of, and which wait for a person.
         success: the metric that means success of a run; `metrics` are the others, reported beside it.
         files: data files that belong to the release (knowledge base, fixtures).
@@ -209,7 +209,7 @@ class System(dspy.Module):  # type: ignore[misc]
         return record, error
 
     def _ledgers_of_the_day(self, kind: str) -> tuple[Ledger, ...]:
-        if kind == "evaluation" or (self.daily is None and self.daily_per_user is None):
+        if kind in REHEARSALS or (self.daily is None and self.daily_per_user is None):
             return ()
         plane = control()
         if plane is None:

@@ -317,7 +317,7 @@ def test_a_tools_own_check_sees_the_caller_and_refuses_for_good() -> None:
     with ak.acting_for("ann", session="s-1"):
         record = system.run()
     assert (record.output, CALLS) == ({"value": "cancelled"}, ["order of ann"])
-    assert (record.session, len(record.user or ""), "ann" in str(record.user)) == ("s-1", 16, False)
+    assert (record.session, len(record.user_hash or ""), "ann" in str(record.user_hash)) == ("s-1", 16, False)
     assert system.run().state == "FAILED"  # nobody is nobody's owner
 
 

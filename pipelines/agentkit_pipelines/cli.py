@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from agentkit.errors import AgentkitError, UsageError
-from agentkit_pipelines import data_cli, gate_cli, terminal, trust_cli
+from agentkit_pipelines import budget_cli, data_cli, gate_cli, incident_cli, terminal, trust_cli
 from agentkit_pipelines.gate_cli import CRASH, OK, MaxUsd, Reference, Trusted, Workers, exit_code, fail
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(budget_cli.budget_app, name="budget")
 app.add_typer(data_cli.data_app, name="data")
 app.add_typer(trust_cli.keys_app, name="keys")
 
@@ -276,6 +277,10 @@ def log(
 app.command()(trust_cli.history)
 app.command()(trust_cli.verify)
 app.command()(trust_cli.reproduce)
+
+
+app.command()(incident_cli.explain)
+app.command()(incident_cli.replay)
 
 
 # ---- services

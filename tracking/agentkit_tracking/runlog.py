@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import glob
+import math
 import os
 import threading
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from agentkit.errors import AgentkitError, UsageError
-from agentkit.records import RunRecord
+from agentkit.records import RunRecord, Step
 from agentkit_tracking.home import home
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 _STEP = (
     "STRUCT(kind VARCHAR, name VARCHAR, state VARCHAR, started DOUBLE, seconds DOUBLE, agent VARCHAR, inputs JSON, "
-    "outputs JSON, model VARCHAR, tokens_in BIGINT, tokens_out BIGINT, usd DOUBLE, error VARCHAR)[]"
+    "outputs JSON, model VARCHAR, tokens_in BIGINT, tokens_out BIGINT, usd DOUBLE, error VARCHAR, cached BOOLEAN)[]"
 )
 _COLUMNS = {
     "run_id": "VARCHAR",
@@ -46,8 +49,16 @@ _COLUMNS = {
     "tokens_in": "BIGINT",
     "tokens_out": "BIGINT",
     "usd": "DOUBLE",
+    "parent": "VARCHAR",
+    "user_hash": "VARCHAR",
+    "session": "VARCHAR",
+    "stage": "VARCHAR",
+    "degraded": "VARCHAR",
+    "partial": "JSON",
     "steps": _STEP,
 }
+
+_JSON = tuple(name for name, kind in _COLUMNS.items() if kind == "JSON")
 
 
 class RunLog:
@@ -141,6 +152,34 @@ class RunLog:
     def steps(self, run_id: str) -> pl.DataFrame:
         """The steps of one run, in order."""
         return self.sql("SELECT * FROM steps WHERE run_id = ? ORDER BY step", [run_id])
+
+    def find(self, run_id: str) -> RunRecord:
+        """The run whose id begins with `run_id`, whole, without the live result.
+
+        Raises:
+            UsageError: none begins so, or several do.
+        """
+        found = self.sql("SELECT * FROM runs WHERE starts_with(run_id, ?) LIMIT 3", [run_id]).to_dicts()
+        if len(found) != 1:
+            several = ", ".join(row["run_id"] for row in found)
+            raise UsageError(
+                f"the run log in {self.folder} has no run {run_id!r}; `agentkit log` lists them"
+                if not found
+                else f"{run_id!r} begins several runs, among them {several}; give more of the id"
+            )
+        (row,) = found
+        for name in _JSON:
+            row[name] = None if row[name] is None else orjson.loads(row[name])
+        steps = [
+            {**step, **{n: None if step[n] is None else orjson.loads(step[n]) for n in ("inputs", "outputs")}}
+            for step in row.pop("steps")
+        ]
+        row["started_at"] = row["started_at"].isoformat()
+        # What cannot be read as a number was NaN: unknown.
+        row["usd"] = math.nan if row["usd"] is None else row["usd"]
+        return RunRecord(
+            **row, steps=[Step(**{**step, "usd": math.nan if step["usd"] is None else step["usd"]}) for step in steps]
+        )
 
 
 _logs: dict[tuple[str | None, str], RunLog] = {}  # by what decides where the home is
