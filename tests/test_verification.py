@@ -241,9 +241,21 @@ def test_a_verdict_that_the_signed_results_do_not_give_is_found_out(proof: Proof
     folder = proof.folder / "evidence"
     results = pl.read_parquet(folder / "results.parquet").with_columns(success=pl.lit(False))
     results.write_parquet(folder / "results.parquet")
-    said = json.loads((folder / "evidence.json").read_text()) | {
-        "results_sha256": sha256_of(folder / "results.parquet")
-    }
+    sign_again(proof, saved, results_sha256=sha256_of(folder / "results.parquet"))
+    assert proof.wrong() == ["the recorded results give fail, recorded was pass"]
+
+
+def test_a_signed_comparison_without_the_results_of_production_is_found_out(proof: Proof, saved: Proof) -> None:
+    """Rules `versus: production` would not apply."""
+    (proof.folder / "evidence" / "production.parquet").unlink()
+    sign_again(proof, saved, production_results_sha256=None)
+    assert proof.wrong() == ["the evidence's production.parquet is missing or not the one signed"]
+
+
+def sign_again(proof: Proof, saved: Proof, **changes: Any) -> None:
+    """The last promotion anew, by who holds the key, with evidence that says something else."""
+    folder = proof.folder / "evidence"
+    said = json.loads((folder / "evidence.json").read_text()) | changes
     (folder / "evidence.json").write_text(json.dumps(said))
     path = proof.folder / "history.json"
     texts = json.loads(path.read_text())
@@ -259,7 +271,6 @@ def test_a_verdict_that_the_signed_results_do_not_give_is_found_out(proof: Proof
         evidence=move.evidence.model_copy(update=hashes), why="trust me",
     )  # fmt: skip
     path.write_text(json.dumps([texts[0], made[1]]))
-    assert proof.wrong() == ["the recorded results give fail, recorded was pass"]
 
 
 def test_a_rule_of_the_trust_file_holds_for_a_proof_too(proof: Proof) -> None:

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -196,27 +197,64 @@ def evaluate(
     if sha256_of(plan.golden) != golden_sha256:
         raise UsageError(f"{plan.golden} changed while {plan.version} was evaluated on it; evaluate again")
     own = {"golden_sha256": golden_sha256, "thresholds_sha256": None, "golden_content": digest}
+    verdict = None
     if thresholds is not None:
         (output / THRESHOLDS).write_bytes(asked)  # the kernel, which executes what the release holds, could write it
         own["thresholds_sha256"] = hashlib.sha256(asked).hexdigest()
-        _judge_again(output, thresholds, parameters.get("production_results"))
-    return _log(plan, output, notebook, compared, own, key or _key(say) if thresholds else None, say)
+        if load_thresholds(output / THRESHOLDS) != thresholds:  # what is judged by is what is kept
+            raise UsageError(f"{plan.thresholds} changed while {plan.version} was evaluated; evaluate again")
+        _check_rows(output, examples, plan.repeats, compared)
+        verdict = _judge_again(output, parameters.get("production_results"))
+    return _log(plan, output, notebook, compared, verdict, own, key or _key(say) if thresholds else None, say)
 
 
-def _judge_again(output: Path, thresholds: Thresholds, kept: str | None) -> None:
+def _check_rows(output: Path, examples: list[Example], repeats: int | None, compared: Version | None) -> None:
+    """The kernel executes the release's own source: it must leave one row per case and repeat, and none out.
+
+    Raises:
+        TrustError: rows are missing, too many or of another task type, or so are the results of production as a whole;
+            without these a rule `versus: production` would not apply.
+    """
+    did = json.loads((output / SETTINGS).read_text())["repeats"]
+    if repeats and did != repeats:
+        raise TrustError(f"the evaluation says {did!r} repeats, asked for were {repeats}; see {output}")
+    asked = Counter((e.id, repeat, e.task_type) for e in examples for repeat in range(did))
+    for name in (RESULTS, PRODUCTION_RESULTS):
+        if name == PRODUCTION_RESULTS and (output / name).exists() is not (compared is not None):
+            what = "left out" if compared else "made up"
+            raise TrustError(f"the evaluation {what} the results of production, {name}; see {output}")
+        if (output / name).exists():
+            left = _rows(pl.read_parquet(output / name))
+            if not asked or left != asked:
+                missing, extra = (asked - left).total(), (left - asked).total()
+                raise TrustError(
+                    f"{name} has not one row per case of the golden set and repeat: {missing} missing, {extra} too many; "
+                    f"see {output}"
+                )
+
+
+def _rows(results: pl.DataFrame) -> Counter[tuple[Any, ...]]:
+    return Counter(results.select("case_id", "repeat", "task_type").rows())
+
+
+def _judge_again(output: Path, kept: str | None) -> Verdict:
     """The verdict is given here: the kernel that also gave one executes the release's own source.
 
     Raises:
         TrustError: it gave another one, or compared with other results than it was given.
     """
-    path = output / PRODUCTION_RESULTS
-    if kept is not None and path.is_file() and not pl.read_parquet(path).equals(pl.read_parquet(kept)):
-        raise TrustError(f"the evaluation compared with other results of production than it was given; see {output}")
+    path, results = output / PRODUCTION_RESULTS, pl.read_parquet(output / RESULTS)
     before = pl.read_parquet(path) if path.is_file() else None
+    given = pl.read_parquet(kept) if kept else None
+    if given is not None and _rows(given) == _rows(results) and (before is None or not before.equals(given)):
+        raise TrustError(f"the evaluation compared with other results of production than it was given; see {output}")
     exercised = frozenset(json.loads((output / SETTINGS).read_text())["exercised"])
-    found = judge(pl.read_parquet(output / RESULTS), thresholds, before, exercised)
-    if Verdict.model_validate_json(found.model_dump_json()) != _read_verdict(output):
+    judged = judge(results, load_thresholds(output / THRESHOLDS), before, exercised)
+    found = Verdict.model_validate_json(judged.model_dump_json())  # as the kernel's went
+    path = output / VERDICT_FILE
+    if not path.is_file() or Verdict.model_validate_json(path.read_bytes()) != found:
         raise TrustError(f"the verdict that the kernel left is not what its results give; see {output}")
+    return found
 
 
 def _key(say: Say) -> SigningKey | None:
@@ -307,6 +345,7 @@ def _log(
     output: Path,
     notebook: Path,
     compared: Version | None,
+    verdict: Verdict | None,
     own: dict[str, str | None],
     key: SigningKey | None,
     say: Say,
@@ -319,7 +358,6 @@ def _log(
 
     client, version = connect(), plan.version
     results = pl.read_parquet(output / RESULTS)
-    verdict = _read_verdict(output)
     told = json.loads((output / SETTINGS).read_text())
     settings = {name: told[name] for name in _TOLD} | own  # what the kernel says, of what only it knows
     experiment, content = experiment_id(version.name), str(own["golden_content"])
@@ -419,11 +457,6 @@ def _described(gate: str | None, version: Version) -> str:
     release = version.description[version.description.find(_RELEASE) :] if _RELEASE in version.description else ""
     room = DESCRIPTION_LIMIT - len(release) - 2
     return "\n\n".join(filter(None, [(gate or "").strip()[:room], release.strip()]))
-
-
-def _read_verdict(output: Path) -> Verdict | None:
-    path = output / VERDICT_FILE
-    return Verdict.model_validate_json(path.read_bytes()) if path.is_file() else None
 
 
 def _log_cases(run_id: str, results: pl.DataFrame) -> None:

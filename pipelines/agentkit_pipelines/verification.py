@@ -251,8 +251,8 @@ def _file_checks(folder: Path, proof: Evidence, release: str) -> Iterator[Check]
         "evidence: of this release, verdict and golden set",
         "" if fits else "the evidence is of another release, verdict or golden set",
     )
-    path = folder / files.PRODUCTION_RESULTS
-    if path.exists() or said.get("production_results_sha256") is not None:
+    path = folder / files.PRODUCTION_RESULTS  # without it, rules `versus: production` would not apply
+    if path.exists() or said.get("production_results_sha256") is not None or proof.compared_with is not None:
         same = path.is_file() and sha256_of(path) == said.get("production_results_sha256")
         yield Check(
             f"evidence: {path.name}", "" if same else f"the evidence's {path.name} is missing or not the one signed"
