@@ -22,6 +22,7 @@ from agentkit.mapping import default_workers, in_parallel, with_results
 from agentkit.records import RunRecord
 from agentkit.systems import System
 from agentkit_tracking import loading, registry
+from agentkit_tracking.home import write_whole
 
 Progress = Callable[[int, int], None]
 
@@ -132,10 +133,8 @@ def _pinned_release(reference: str, folder: Path, source: Path, id_column: str, 
         raise UsageError(f"{folder} holds a started batch of another release; delete it to begin anew")
     if not began:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = pin.with_suffix(".tmp")
         began = {"release": manifest.release_id, "source_sha256": digest, "id_column": id_column}
-        scratch.write_text(json.dumps(began))
-        os.replace(scratch, pin)
+        write_whole(pin, json.dumps(began).encode())
     return loading.load_folder(fetched, manifest), manifest.release_id
 
 

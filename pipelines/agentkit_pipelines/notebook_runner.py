@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agentkit.errors import AgentkitError, UsageError
+from agentkit_tracking.home import write_whole
 from agentkit_tracking.keys import take_from_environment
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
@@ -108,9 +109,7 @@ def report_progress(output: str | Path) -> Progress:
         now = time.monotonic()
         if done == total or now - last[0] > 0.2:
             last[0] = now
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text(json.dumps([done, total]))
-            os.replace(scratch, path)
+            write_whole(path, json.dumps([done, total]).encode())
 
     return report
 

@@ -8,8 +8,6 @@ Writing an entry is the one commit point of a promotion, a rollback or a withdra
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from agentkit.errors import TrustError
-from agentkit_tracking.home import file_lock, home, tracking_uri
+from agentkit_tracking.home import file_lock, home, tracking_uri, write_whole
 from agentkit_tracking.keys import SigningKey, Trust, TrustedKey, load_trust
 from agentkit_tracking.statements import Evidence, Move, Signed, check, day, read, sign, signer
 
@@ -209,9 +207,7 @@ def remember(history: History) -> None:
         known = seen(history.system)
         if len(entries) <= len(known) or entries[: len(known)] != known:
             return  # a process that looked before the last move
-        scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-        scratch.write_text(json.dumps(entries))
-        os.replace(scratch, path)
+        write_whole(path, json.dumps(entries).encode())
 
 
 def seen(system: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,14 @@ def file_lock(path: Path) -> Iterator[None]:
             return
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file whole or not at all, whoever reads or writes it meanwhile. `mode`: its permissions, less the umask."""
+    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    with open(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+        file.write(content)
+    os.replace(scratch, path)
 
 
 def prepare_environment() -> None:

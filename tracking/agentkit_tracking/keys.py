@@ -12,7 +12,6 @@ import binascii
 import hashlib
 import os
 import stat
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from agentkit.errors import UsageError
-from agentkit_tracking.home import author, file_lock, home, is_local_store, tracking_uri
+from agentkit_tracking.home import author, file_lock, home, is_local_store, tracking_uri, write_whole
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -158,12 +157,9 @@ def _locked_trust() -> Iterator[Trust]:
 
 
 def _save_trust(trust: Trust, keys: Iterable[TrustedKey]) -> None:
-    """Write the file with other keys, whole or not at all."""
-    path = trust_path()
+    """Write the file with other keys."""
     text = trust.model_copy(update={"keys": tuple(keys)}).model_dump_json(indent=2, exclude_defaults=True)
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    scratch.write_text(text + "\n")
-    os.replace(scratch, path)
+    write_whole(trust_path(), f"{text}\n".encode())
 
 
 # ---- private keys
@@ -365,14 +361,11 @@ def _public(key: TrustedKey) -> Ed25519PublicKey:
 
 
 def _put_private(path: Path, private: Ed25519PrivateKey) -> None:
-    """Write a private key, whole or not at all, for its owner alone."""
+    """Write a private key for its owner alone."""
     from cryptography.hazmat.primitives import serialization as s
 
     pem = private.private_bytes(s.Encoding.PEM, s.PrivateFormat.PKCS8, s.NoEncryption())
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    with open(os.open(scratch, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-        file.write(pem)
-    os.replace(scratch, path)
+    write_whole(path, pem, 0o600)
 
 
 def _read_private(path: Path) -> Ed25519PrivateKey:
