@@ -943,7 +943,7 @@ def test_who_promotes_must_not_have_registered_where_that_is_asked_for(
     )
     assert "its registration: signed with key" in refused()
     put(store, "agentkit.registration", tag(store, "agentkit.registration", 2), 3)
-    assert "its registration was signed for another release" in refused()
+    assert "its registration: signed for another release" in refused()
 
 
 def test_a_version_that_nobody_signed_for_is_approved_by_nobody_under_that_rule(

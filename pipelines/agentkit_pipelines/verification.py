@@ -29,7 +29,7 @@ from agentkit_tracking.manifest import read_release
 from agentkit_tracking.production import Check
 from agentkit_tracking.registry import Version
 from agentkit_tracking.rules import EVALUATION, REGISTRATION, head_problems, is_production
-from agentkit_tracking.statements import Evaluation, Evidence, Registration, check, day, read
+from agentkit_tracking.statements import Evaluation, Evidence, Registration, check, day, read, read_checked
 
 # What a folder that stands for itself holds.
 RELEASE, EVIDENCE, HISTORY, STATEMENTS = "release", "evidence", "history.json", "statements.json"
@@ -218,13 +218,9 @@ def _who_checks(
             yield Check(f"{word} by nobody who signed")
             continue
         try:
-            signed = read(own[key], kind)
-            by = check(signed, trust)
-            fits = (signed.statement.system, signed.statement.release) == (system, release)
+            signed, by = read_checked(own[key], kind, system, release, trust)
             local = " (local key)" if by.local or signed.statement.signer.local else ""
-            yield Check(
-                f"{word} {day(signed.statement.time)} by {by.owner}{local}", "" if fits else f"{word}: another release"
-            )
+            yield Check(f"{word} {day(signed.statement.time)} by {by.owner}{local}")
         except TrustError as e:
             yield Check(word, f"{word}: {e}")
 

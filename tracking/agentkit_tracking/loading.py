@@ -23,7 +23,7 @@ from agentkit_tracking.manifest import Manifest
 from agentkit_tracking.registry import Version
 from agentkit_tracking.rules import REGISTRATION, is_production
 from agentkit_tracking.source import Entry, load_entry
-from agentkit_tracking.statements import Registration, check, read
+from agentkit_tracking.statements import Registration, check, read_checked
 
 RELOAD_S = 10.0  # how soon a following process notices a promotion or rollback
 _log = logging.getLogger(__name__)
@@ -98,11 +98,8 @@ def require_trusted(version: Version, trust: bool) -> None:
     why = "its registration is not signed"
     if (text := (version.tags or {}).get(REGISTRATION)) is not None:
         try:
-            signed = read(text, Registration)
-            check(signed, load_trust())
-            if (signed.statement.system, signed.statement.release) == (version.name, version.release_id):
-                return
-            why = "its registration was signed for another release"
+            read_checked(text, Registration, version.name, version.release_id, load_trust())
+            return
         except TrustError as e:
             why = f"its registration was {e}"
     raise TrustError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from agentkit.errors import TrustError
 from agentkit_tracking.history import Entry, History
 from agentkit_tracking.keys import Trust
-from agentkit_tracking.statements import Move, Registration, check, read
+from agentkit_tracking.statements import Move, Registration, check, read_checked
 
 PRODUCTION = "production"
 TAG = "agentkit."
@@ -89,12 +89,9 @@ def _one_person_problems(move: Move, registration: str | None, trust: Trust) -> 
     if registration is None:
         return ["nobody signed its registration, so author and approver cannot be told apart (separate_approver)"]
     try:
-        signed = read(registration, Registration)
-        author = check(signed, trust)
+        _, author = read_checked(registration, Registration, move.system, move.release, trust)
     except TrustError as e:
         return [f"its registration: {e}"]
-    if (signed.statement.system, signed.statement.release) != (move.system, move.release):
-        return ["its registration was signed for another release"]
     approver = trust.find(move.signer.key)
     if approver is None or approver.owner.casefold() == author.owner.casefold():
         return [f"{author.owner} registered and promoted it; separate_approver asks for two people"]

@@ -183,6 +183,21 @@ def check(signed: Signed[Any], trust: Trust, *, is_past: bool = False) -> Truste
     return key
 
 
+def read_checked(
+    envelope: str, kind: type[S], system: str, release: str | None, trust: Trust
+) -> tuple[Signed[S], TrustedKey]:
+    """A statement about this release of this system, and the trusted key that signed it.
+
+    Raises:
+        TrustError: as `read` and `check`, or it was signed for another release.
+    """
+    signed = read(envelope, kind)
+    key = check(signed, trust)
+    if (signed.statement.system, signed.statement.release) != (system, release):
+        raise TrustError("signed for another release")
+    return signed, key
+
+
 def day(time: datetime) -> str:
     """A time to the minute, as people read it."""
     return time.strftime("%Y-%m-%d %H:%M")

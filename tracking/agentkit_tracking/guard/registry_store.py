@@ -42,7 +42,7 @@ from agentkit_tracking.rules import (
     head_problems,
     is_production,
 )
-from agentkit_tracking.statements import Evaluation, Registration, check, read
+from agentkit_tracking.statements import Evaluation, Registration, check, read, read_checked
 
 _HOW = (
     "`production` means signed evidence here. To change it: `agentkit promote {0}`, `agentkit rollback {0}` or "
@@ -268,11 +268,10 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         with self._locked(name) as session:
             before = self._version_tags(session, name, version)
             with _refusing(name):
-                signed = read(tag.value, Evaluation)
-                check(signed, _trust())
+                signed, _ = read_checked(tag.value, Evaluation, name, before.get(f"{TAG}release_id"), _trust())
                 said = signed.statement
-                if (said.system, said.version, said.release) != (name, version, before.get(f"{TAG}release_id")):
-                    raise TrustError("the evaluation was signed for another release")
+                if said.version != version:
+                    raise TrustError("signed for another version")
                 if _is_older(said, before.get(EVALUATION)):
                     raise TrustError("the evaluation is older than the one that is there")
             for key, value in ((EVALUATION, tag.value), (VERDICT, said.evidence.verdict)):
@@ -303,10 +302,10 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
     @staticmethod
     def _check_registration(name: str, release: str | None, text: str) -> None:
         with _refusing(name):
-            signed = read(text, Registration)
-            check(signed, _trust())
-            if (signed.statement.system, signed.statement.release) != (name, release):
-                raise TrustError("the registration was signed for another release")
+            try:
+                read_checked(text, Registration, name, release, _trust())
+            except TrustError as e:
+                raise TrustError(f"the registration: {e}") from e
 
     @contextmanager
     def _session(self, read_only: bool = True) -> Iterator[Any]:
