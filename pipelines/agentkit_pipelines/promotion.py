@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from typing import Literal
 
 from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
@@ -20,7 +19,7 @@ from agentkit_tracking.home import connect, file_lock, home
 from agentkit_tracking.keys import SigningKey, load_trust, signing_key
 from agentkit_tracking.mirrors import mirror
 from agentkit_tracking.registry import CANDIDATE, Version
-from agentkit_tracking.rules import PRODUCTION, PROMPTS, REGISTRATION, head_problems
+from agentkit_tracking.rules import PRODUCTION, head_problems, prompts_digest
 from agentkit_tracking.statements import Evidence
 
 Event = Literal["promoted", "rolled_back", "withdrawn"]
@@ -85,12 +84,7 @@ def _check_whole(version: Version, proof: Evidence | None) -> None:
 
 def _holds(history: histories.History) -> bool:
     """Whether what is in production now may be loaded; if its key was revoked, say, it can be promoted once more."""
-    registrations = _registrations(history.system)
-    return not head_problems(history, registrations, load_trust())
-
-
-def _registrations(name: str) -> dict[int, str]:
-    return {v.number: t[REGISTRATION] for v in registry.versions(name) if REGISTRATION in (t := v.tags or {})}
+    return not head_problems(history, registry.look_up(history.system).registrations, load_trust())
 
 
 def _append(
@@ -112,13 +106,13 @@ def _append(
         key,
         version=version.number if comes else None,
         release=version.release_id,
-        prompts=sha256((version.tags or {}).get(PROMPTS, "").encode()).hexdigest() if comes else None,
+        prompts=prompts_digest(version.tags) if comes else None,
         evidence=evidence,
         why=why,
     )
     tags = {f"{histories.KEY}{n:06}": e.signed.envelope for n, e in enumerate(history.entries, 1)}
-    trust = load_trust()
-    if problems := head_problems(histories.parse(name, {**tags, tag: text}, trust), _registrations(name), trust):
+    trust, registrations = load_trust(), registry.look_up(name).registrations
+    if problems := head_problems(histories.parse(name, {**tags, tag: text}, trust), registrations, trust):
         raise TrustError(f"{version} cannot be {event.replace('_', ' ')}: {'; '.join(problems)}", problems)
     try:
         connect().set_registered_model_tag(name, tag, text)  # the commit point

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Any
 
 from agentkit.errors import TrustError, UnknownReference
@@ -16,7 +15,7 @@ from agentkit_tracking.keys import load_trust
 from agentkit_tracking.manifest import Manifest
 from agentkit_tracking.mirrors import own_prompts, prompt_in_production
 from agentkit_tracking.registry import Registered, Version, look_up, prompt_text
-from agentkit_tracking.rules import EVALUATION, PRODUCTION, PROMPTS, REGISTRATION, VERDICT, head_problems, is_production
+from agentkit_tracking.rules import EVALUATION, PRODUCTION, VERDICT, head_problems, is_production, prompts_digest
 from agentkit_tracking.statements import Evaluation, Evidence, Signed, check, read
 
 _log = logging.getLogger(__name__)
@@ -94,10 +93,7 @@ def registry_checks(registered: Registered, history: History) -> Iterator[Check]
         if PRODUCTION in aliases:
             yield Check("alias", f"the alias points to version {aliases[PRODUCTION]}, but no signed history says so")
         return
-    registrations = {
-        v.number: tags[REGISTRATION] for v in registered.versions if REGISTRATION in (tags := v.tags or {})
-    }
-    problems = head_problems(history, registrations, load_trust())
+    problems = head_problems(history, registered.registrations, load_trust())
     yield Check(f"signature and rules: entry {head.move.sequence} by {head.who}", "; ".join(problems))
     yield _alias_check(aliases.get(PRODUCTION), history)
     if head.move.version is None:
@@ -111,8 +107,7 @@ def registry_checks(registered: Registered, history: History) -> Iterator[Check]
         "release id of the version",
         "" if stored else f"{version} says release {version.release_id[:12]}, signed was {head.move.release[:12]}",
     )
-    listed = (version.tags or {}).get(PROMPTS, "")
-    same = sha256(listed.encode()).hexdigest() == head.move.prompts
+    same = prompts_digest(version.tags) == head.move.prompts
     yield Check("prompts of the version", "" if same else f"{version} names other prompts than were signed")
     yield evaluation_check(version)
 

@@ -286,6 +286,11 @@ class Registered:
     aliases: dict[str, int]
     versions: list[Version]  # oldest first
 
+    @property
+    def registrations(self) -> dict[int, str]:
+        """The signed registration of each version that has one."""
+        return {v.number: tags[REGISTRATION] for v in self.versions if REGISTRATION in (tags := v.tags or {})}
+
 
 def versions(name: str) -> list[Version]:
     """All versions of a system, oldest first; empty if there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping
+from hashlib import sha256
 
 from agentkit.errors import TrustError
 from agentkit_tracking.history import Entry, History
@@ -21,6 +22,11 @@ VERDICT, PROMPTS = f"{TAG}last_verdict", f"{TAG}prompts"
 def is_production(name: str) -> bool:
     """Whether an alias or stage reads as `production` in any spelling, with whatever separators or line breaks in it."""
     return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", name)).casefold() == PRODUCTION
+
+
+def prompts_digest(tags: Mapping[str, str] | None) -> str:
+    """What an entry signs of a version's prompts: SHA-256 of the tag that names them."""
+    return sha256((tags or {}).get(PROMPTS, "").encode()).hexdigest()
 
 
 def head_problems(history: History, registrations: Mapping[int, str], trust: Trust) -> list[str]:

@@ -41,6 +41,7 @@ from agentkit_tracking.rules import (
     VERDICT,
     head_problems,
     is_production,
+    prompts_digest,
 )
 from agentkit_tracking.statements import Evaluation, Registration, check, read, read_checked
 
@@ -254,7 +255,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         tags = self._version_tags(session, name, move.version)
         if tags.get(f"{TAG}release_id") != move.release:
             raise TrustError(f"version {move.version} is not release {move.release[:12]}")
-        if sha256(tags.get(PROMPTS, "").encode()).hexdigest() != move.prompts:
+        if prompts_digest(tags) != move.prompts:
             raise TrustError(f"version {move.version} has other prompts than were signed")
         if move.event == "promoted":
             signed = read(tags.get(EVALUATION, ""), Evaluation)
