@@ -28,6 +28,7 @@ from releases import furnish
 from servers import mlflow_server, start
 
 from agentkit_tracking.guard import app as guards
+from agentkit_tracking.guard import tracking_store
 
 RUN, MODEL = "0123456789abcdef" * 2, "m-" + "fedcba9876543210" * 2
 OPEN_RUN, STRANGER = "1" * 32, "2" * 32
@@ -392,7 +393,7 @@ def handled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sealed]:
     from mlflow.server import handlers
 
     home = furnish(tmp_path_factory.mktemp("handled"))
-    store = guards.GuardedTrackingStore(f"sqlite:///{home / 'mlflow.db'}", str(home / "artifacts"))
+    store = tracking_store.GuardedTrackingStore(f"sqlite:///{home / 'mlflow.db'}", str(home / "artifacts"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(handlers, "_tracking_store", store)
         yield Sealed(home, MlflowClient(f"sqlite:///{home / 'mlflow.db'}"))
@@ -542,7 +543,7 @@ def test_a_store_that_cannot_be_asked_refuses(handled: Sealed, monkeypatch: pyte
     def fail(*_: Any, **__: Any) -> None:
         raise MlflowException("no connection", error_code=TEMPORARILY_UNAVAILABLE)
 
-    monkeypatch.setattr(guards, "_evaluations", fail)
+    monkeypatch.setattr(tracking_store, "_evaluations", fail)
     before = handled.state()
     body = {"run_id": handled.other, "key": "x", "value": "y"}
     assert post("POST", "/api/2.0/mlflow/runs/set-tag", json.dumps(body).encode())[0] == 503
@@ -570,7 +571,7 @@ def test_the_server_notes_on_a_sealed_model_which_versions_it_became(handled: Se
 
 def test_which_methods_are_guarded_is_known() -> None:
     """A later MLflow that has more of them shows here; they are guarded already."""
-    assert set(guards.GUARDED) == {
+    assert set(tracking_store.GUARDED) == {
         "delete_logged_model", "delete_logged_model_tag", "delete_run", "delete_tag", "finalize_logged_model",
         "link_traces_to_run", "log_batch", "log_batch_async", "log_inputs", "log_logged_model_params", "log_metric",
         "log_metric_async", "log_outputs", "log_param", "log_param_async", "record_logged_model",
