@@ -22,7 +22,7 @@ import pytest
 from releases import CASES, COLOURS, furnish
 
 if TYPE_CHECKING:
-    from agentkit_pipelines.evidence import Evaluation
+    from agentkit_pipelines.recording import Evaluation
     from agentkit_tracking.keys import SigningKey
 
 THRESHOLDS = """

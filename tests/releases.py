@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from agentkit_pipelines.evidence import Evaluation
+    from agentkit_pipelines.recording import Evaluation
     from agentkit_tracking.registry import Version
     from agentkit_tracking.statements import Evidence
 
@@ -104,7 +104,7 @@ def judged(version: Version, proof: Evidence | None = None) -> Evaluation:
     """
     import polars as pl
 
-    from agentkit_pipelines.evidence import Evaluation, _signed
+    from agentkit_pipelines.recording import Evaluation, _signed
     from agentkit_tracking.home import connect, experiment_id
     from agentkit_tracking.keys import signing_key
     from agentkit_tracking.production import current
@@ -136,8 +136,8 @@ def finished(folder: Path, version: str) -> Evaluation:
     """An evaluation that has run, rebuilt from the files it left and what was signed; so that no kernel is needed."""
     import polars as pl
 
-    from agentkit_pipelines.evidence import Evaluation
     from agentkit_pipelines.gate import Verdict
+    from agentkit_pipelines.recording import Evaluation
     from agentkit_tracking import registry
     from agentkit_tracking.production import current, evaluation_of
 

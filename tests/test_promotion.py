@@ -20,9 +20,10 @@ from releases import CASES, COLOURS, furnish, judged, python
 
 from agentkit.errors import ReleaseError, UsageError
 from agentkit.examples import Example, sha256_of, write_examples
-from agentkit_pipelines import cli, comparison, evidence, promotion
+from agentkit_pipelines import cli, comparison, evidence, promotion, recording
 from agentkit_pipelines.doctor import examine
-from agentkit_pipelines.evidence import Evaluation, Plan
+from agentkit_pipelines.evidence import Plan
+from agentkit_pipelines.recording import Evaluation
 from agentkit_tracking import home as homes
 from agentkit_tracking import loading, mirrors, registry
 from agentkit_tracking.home import connect
@@ -166,7 +167,7 @@ def no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evidence_of(version: registry.Version) -> Path:
-    return evidence.download(proof_of(version).run)
+    return recording.download(proof_of(version).run)
 
 
 def proof_of(version: registry.Version) -> Any:

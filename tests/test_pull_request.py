@@ -25,8 +25,8 @@ from releases import CASES, COLOURS, furnish
 
 from agentkit.examples import Example, write_examples
 from agentkit_pipelines import cli, evidence, gate_cli, pull_request
-from agentkit_pipelines.evidence import Evaluation
 from agentkit_pipelines.gate import RuleResult, Status, Verdict, judge
+from agentkit_pipelines.recording import Evaluation
 from agentkit_pipelines.thresholds import Rule, Thresholds
 from agentkit_tracking import keys
 from agentkit_tracking.registry import Version

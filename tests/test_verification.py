@@ -23,7 +23,7 @@ from test_loading import append, artifacts, put, tag, text_of
 from agentkit.errors import TrustError, UsageError
 from agentkit.examples import sha256_of
 from agentkit_pipelines import promotion, verification
-from agentkit_pipelines.evidence import download
+from agentkit_pipelines.recording import download
 from agentkit_tracking import history as histories
 from agentkit_tracking import keys, registry
 from agentkit_tracking.history import KEY

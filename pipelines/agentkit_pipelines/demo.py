@@ -68,7 +68,7 @@ def _quiet() -> None:
 
 def _story(root: Path, home: Path) -> None:
     with console.status("starting (imports: dspy, mlflow, scikit-learn)"):
-        from agentkit_pipelines import evidence, promotion
+        from agentkit_pipelines import evidence, promotion, recording
         from agentkit_tracking import loading, registry
         from agentkit_tracking.home import connect
 
@@ -82,7 +82,7 @@ def _story(root: Path, home: Path) -> None:
         console.print(f"  registered [bold]{version}[/bold], release {version.release_id[:12]}, {_seconds()}")
         return version
 
-    def promote(version: registry.Version, expected: str) -> evidence.Evaluation:
+    def promote(version: registry.Version, expected: str) -> recording.Evaluation:
         console.print(f"  [dim]$ agentkit promote {version} --repeats {REPEATS}[/dim]")
         plan = evidence.Plan(
             version,
@@ -149,7 +149,7 @@ def _diff(old: object, new: object) -> None:
 
 
 def _verdict(done: object, expected: str) -> None:
-    from agentkit_pipelines.evidence import Evaluation
+    from agentkit_pipelines.recording import Evaluation
     from agentkit_pipelines.report import SYMBOL, summarise
 
     assert isinstance(done, Evaluation)

@@ -13,7 +13,8 @@ from agentkit.errors import AgentkitError, UsageError
 from agentkit_pipelines import terminal
 
 if TYPE_CHECKING:
-    from agentkit_pipelines.evidence import Plan, Say
+    from agentkit_pipelines.evidence import Plan
+    from agentkit_pipelines.recording import Say
 
 OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
 

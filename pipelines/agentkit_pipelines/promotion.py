@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Literal
 
 from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
-from agentkit_pipelines.evidence import Evaluation, Plan, Say, evaluate
+from agentkit_pipelines.evidence import Plan, evaluate
 from agentkit_pipelines.notebook_runner import Progress
+from agentkit_pipelines.recording import Evaluation, Say
 from agentkit_tracking import history as histories
 from agentkit_tracking import production, registry
 from agentkit_tracking.home import connect, file_lock, home

@@ -15,8 +15,8 @@ from typing import Any
 import polars as pl
 
 from agentkit_pipelines import report
-from agentkit_pipelines.evidence import PRODUCTION_RESULTS, Evaluation
 from agentkit_pipelines.gate import RuleResult, Status, Verdict
+from agentkit_pipelines.recording import PRODUCTION_RESULTS, Evaluation
 
 IDS_SHOWN = 20
 ROWS_SHOWN = 25  # of a table; a comment on GitHub holds 65,536 characters

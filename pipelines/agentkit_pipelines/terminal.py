@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from agentkit.records import RunRecord
-    from agentkit_pipelines.evidence import Evaluation
     from agentkit_pipelines.notebook_runner import Progress
+    from agentkit_pipelines.recording import Evaluation
 
 
 def console() -> Console:

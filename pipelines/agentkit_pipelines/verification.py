@@ -15,7 +15,8 @@ import polars as pl
 
 from agentkit.errors import AgentkitError, ReleaseError, TrustError, UnknownReference, UsageError
 from agentkit.examples import sha256_of
-from agentkit_pipelines import evidence as files
+from agentkit_pipelines import recording as files
+from agentkit_pipelines.evidence import find_golden
 from agentkit_pipelines.gate import Verdict, judge
 from agentkit_pipelines.notebook_runner import Progress, run_notebook
 from agentkit_pipelines.thresholds import load_thresholds
@@ -342,7 +343,7 @@ def reproduce(
     blank = Reproduction(version, recorded, again, None, 0, 1.0, 1.0, (0.0, 0.0), (), folder)
     if not run:
         return blank
-    output = _run_again(version, folder, files.find_golden(version.name, golden), proof, progress)
+    output = _run_again(version, folder, find_golden(version.name, golden), proof, progress)
     return _compared(blank, before, pl.read_parquet(output / files.RESULTS), output)
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from mlflow.exceptions import MlflowException
 
 from agentkit.errors import AgentkitError, UsageError
-from agentkit_pipelines.evidence import Say
 from agentkit_pipelines.promotion import candidates
+from agentkit_pipelines.recording import Say
 from agentkit_pipelines.warm_kernels import WarmKernels
 from agentkit_tracking.production import current
 from agentkit_tracking.registry import Version
