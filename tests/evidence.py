@@ -19,19 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from releases import CASES, COLOURS, furnish
+from releases import CASES, COLOURS, THRESHOLDS, furnish
 
 if TYPE_CHECKING:
     from agentkit_pipelines.recording import Evaluation
     from agentkit_tracking.keys import SigningKey
 
-THRESHOLDS = """
-system: colours
-confidence: 0.95
-rules:
-  - {metric: success, at_least: 0.75}
-  - {metric: success, margin: 0.1, versus: production}
-"""
 # Says that it was executed, where a test asks for it.
 MARKING = (
     COLOURS + "\n__import__('os').environ.get('MARKER') and open(__import__('os').environ['MARKER'], 'w').close()\n"

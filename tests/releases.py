@@ -46,6 +46,21 @@ def success(example, prediction, trace=None):
 def system() -> ak.System:
     return ak.adopt(dspy.Predict(Colour), name="colours", success=success)
 '''
+SHOUT = '''
+import agentkit as ak
+
+
+def shout(text: str) -> dict:
+    """Upper case."""
+    return {"text": text.upper()}
+
+
+def success(example, prediction, trace=None) -> bool:
+    return prediction.text == example.expected_text
+
+
+system = ak.adopt(shout, name="shout", success=success)
+'''
 WORDS = {"warm": ("red", "orange", "sun", "fire", "desert", "lava"), "cold": ("blue", "ice", "sea", "snow", "frost")}
 CASES = [
     (f"look at the {word} {place}", label)
@@ -53,6 +68,14 @@ CASES = [
     for word in words
     for place in ["here", "there", "up", "down"]
 ]
+
+THRESHOLDS = """
+system: colours
+confidence: 0.95
+rules:
+  - {metric: success, at_least: 0.75}
+  - {metric: success, margin: 0.1, versus: production}
+"""
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import re
@@ -13,143 +12,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
-from evidence import Store, agentkit, as_user, promoted, source, without_kernel
+from evidence import Store, agentkit, as_user
+from tampering import (
+    EVE,
+    alias,
+    by_a_stranger,
+    executed,
+    fresh,
+    history,
+    loads,
+    marked,
+    put,
+    refused,
+    registry_hash,
+    tag,
+    text_of,
+    told,
+)
 
-from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
-from agentkit.examples import sha256_of
+from agentkit.errors import TrustError, UsageError
 from agentkit_pipelines import promotion
-from agentkit_tracking import history as histories
-from agentkit_tracking import keys, loading, production, registry
-from agentkit_tracking import manifest as manifests
-from agentkit_tracking.history import KEY
+from agentkit_tracking import keys, loading, registry
 from agentkit_tracking.home import connect
-from agentkit_tracking.keys import SigningKey, Trust, _generate
-from agentkit_tracking.source import load_entry, parse_entry
-from agentkit_tracking.statements import Evidence, Registration, sign
-
-EVE = SigningKey(*_generate("Eve", local=False))
+from agentkit_tracking.keys import Trust
 
 
 @pytest.fixture
-def store(own_home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
-    """Versions 1 and 2 promoted in turn, 3 registered; whatever of it is executed leaves a file behind."""
-    monkeypatch.setenv("MARKER", str(tmp_path / "executed"))
-    monkeypatch.setenv("AGENTKIT_AUTHOR", "Ada")
-    return promoted(own_home)
-
-
-def executed() -> bool:
-    """Whether a release's source ran since it was last asked."""
-    path = Path(os.environ["MARKER"])
-    found = path.exists()
-    path.unlink(missing_ok=True)
-    return found
-
-
-def refused(reference: str | Path = "colours@production", **options: Any) -> str:
-    with pytest.raises(ReleaseError) as error:
-        loading.load(reference, **options)
-    assert not executed()
-    return str(error.value)
-
-
-def loads(reference: str | Path = "colours@production", **options: Any) -> str | None:
-    system = loading.load(reference, **options)
-    assert executed()
-    assert system.run(text="lava").output["label"] == "warm"
-    return system.release
-
-
-def fresh(store: Store) -> None:
-    """As a machine that has the same trusted keys, and has neither seen nor fetched anything."""
-    shutil.rmtree(store.home / "seen")
-    shutil.rmtree(store.home / "releases")
-    (store.home / "signing_key.pem").unlink(missing_ok=True)
-
-
-def trusting(store: Store, **changes: Any) -> None:
-    path = store.home / "trust.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    return marked(own_home, monkeypatch)
 
 
 # ---- straight in the database
-
-
-def tag(store: Store, key: str, version: int | None = 2, name: str = "colours") -> str:
-    if version is None:
-        rows = store.sql("SELECT value FROM registered_model_tags WHERE name = ? AND key = ?", name, key)
-    else:
-        rows = store.sql(
-            "SELECT value FROM model_version_tags WHERE name = ? AND version = ? AND key = ?", name, version, key
-        )
-    return str(rows[0][0])
-
-
-def put(store: Store, key: str, value: str | None, version: int | None = 2, name: str = "colours") -> None:
-    """Set a tag of a version, or of the model; None deletes it."""
-    table, columns, place = ("model_version_tags", "key, name, version", (key, name, version))
-    if version is None:
-        table, columns, place = ("registered_model_tags", "key, name", (key, name))
-    where = " AND ".join(f"{c.strip()} = ?" for c in columns.split(","))
-    store.sql(f"DELETE FROM {table} WHERE {where}", *place)
-    if value is not None:
-        marks = ", ".join("?" * (len(place) + 2))
-        store.sql(f"INSERT INTO {table} ({columns}, value, workspace) VALUES ({marks})", *place, value, "default")
-
-
-def alias(store: Store, name: str, version: int | None, model: str = "colours") -> None:
-    store.sql("DELETE FROM registered_model_aliases WHERE name = ? AND alias = ?", model, name)
-    if version is not None:
-        store.sql(
-            "INSERT INTO registered_model_aliases (alias, version, name, workspace) VALUES (?, ?, ?, 'default')",
-            name,
-            version,
-            model,
-        )
-
-
-def entry(n: int) -> str:
-    return f"{KEY}{n:06}"
-
-
-def history(store: Store, n: int, text: str | None) -> None:
-    put(store, entry(n), text, version=None)
-
-
-def told(store: Store, n: int) -> str:
-    return tag(store, entry(n), version=None)
-
-
-def by_a_stranger(store: Store, version: int = 3, event: Any = "promoted", take_evidence_of: int = 2) -> None:
-    """The entry that somebody could write who has the database's password and no trusted key."""
-    tags = {entry(n): told(store, n) for n in range(1, next_free(store))}
-    found = histories.parse("colours", tags, Trust())
-    evidence = Evidence.model_validate(json.loads(evidence_of(store, take_evidence_of)))
-    assert found.head is not None
-    made, text = histories.next_entry(
-        found, event, EVE, version=version, release=tag(store, "agentkit.release_id", version),
-        prompts=registry_hash(tag(store, "agentkit.prompts", version)),
-        evidence=evidence.model_copy(update={"compared_with": found.head.move.release}), why="trust me",
-    )  # fmt: skip
-    put(store, made, text, version=None)
-    alias(store, "production", version)
-
-
-def registry_hash(text: str) -> str:
-    from hashlib import sha256
-
-    return sha256(text.encode()).hexdigest()
-
-
-def next_free(store: Store) -> int:
-    return len(store.sql("SELECT 1 FROM registered_model_tags WHERE key LIKE ?", KEY + "%")) + 1
-
-
-def evidence_of(store: Store, n: int) -> str:
-    body = json.loads(base64.b64decode(json.loads(told(store, n))["payload"]))
-    return json.dumps(body["predicate"]["evidence"])
 
 
 def reworded(text: str, **changes: Any) -> str:
@@ -327,11 +221,6 @@ def test_a_change_in_the_database_is_said_before_anything_runs(store: Store, wha
         assert re.search(message, text_of(verified.out + verified.err))
         assert verified.code == (3 if verified.out else 2)  # 2: nothing here says that there ever was such a system
     assert not executed()
-
-
-def text_of(table: str) -> str:
-    """What a table says, cells that were broken into lines put together again."""
-    return re.sub(r"\s+", " ", re.sub(r"[│┃]", " ", table))
 
 
 def test_what_was_left_alone_is_loaded_and_executed(store: Store) -> None:
@@ -514,152 +403,6 @@ def test_a_damaged_local_copy_is_put_aside_and_fetched_anew(store: Store) -> Non
     assert "taken over" not in source.read_text()
 
 
-# ---- keys
-
-
-def test_production_is_refused_where_its_signer_is_not_trusted(store: Store) -> None:
-    (store.home / "trust.json").unlink()
-    assert "which is not trusted here" in refused()
-    assert "which is not trusted here" in refused(trust=True)  # production is never taken on trust
-    trust = store.home / "trust.json"
-    trust.write_text("{")
-    with pytest.raises(UsageError, match=re.escape(str(trust))):
-        loading.load("colours@production")
-    assert not executed()
-
-
-def test_what_a_retired_key_promoted_stays_and_what_it_signs_later_is_refused(store: Store) -> None:
-    old = keys.signing_key()
-    keys.rotate()
-    assert loads() == registry.resolve("colours/2").release_id
-    done = store.promote("colours/3")
-    assert loads() == done.version.release_id
-    assert "Ada" in agentkit("history", "colours").out
-    found = production.history_of("colours")
-    made, text = histories.next_entry(
-        found, "rolled_back", old, version=2, release=registry.resolve("colours/2").release_id,
-        prompts=found.entries[1].move.prompts, evidence=found.entries[1].move.evidence, why="with the old key",
-    )  # fmt: skip
-    put(store, made, text, version=None)
-    alias(store, "production", 2)
-    assert re.search(r"signed with key \w+ \(Ada\) after it had retired", refused())
-
-
-def test_what_a_revoked_key_promoted_is_refused_until_it_is_promoted_again(store: Store) -> None:
-    old = keys.signing_key().public
-    keys.revoke(old.id, "laptop stolen")
-    assert re.search(rf"signed with key {old.id} \(Ada\), revoked .*: laptop stolen", refused())
-    said = agentkit("verify", "colours@production")
-    assert (said.code, "laptop stolen" in said.out) == (3, True)
-    with pytest.raises(ReleaseError, match="revoked"):
-        promotion.rollback("colours", why="x", say=print) if keys.rotate() else None
-    store.promote("colours/2", why="signed anew")
-    assert loads() == registry.resolve("colours/2").release_id
-    found = production.history_of("colours")
-    assert [(e.move.version, e.genuine) for e in found.entries] == [(1, True), (2, True), (2, True)]
-    assert found.earlier() == [1]
-    with pytest.raises(TrustError, match=r"the promotion it restores does not count: signed with key .*laptop stolen"):
-        promotion.rollback("colours", why="what it promoted before")
-    assert loading.resolve("colours@production").number == 2
-
-
-def test_a_local_key_is_named_as_one_wherever_it_signed(store: Store) -> None:
-    assert keys.signing_key().public.local
-    for command in ("verify", "history"):
-        assert "Ada (local key)" in text_of(
-            agentkit(command, "colours" if command == "history" else "colours@production").out
-        )
-    assert "by Ada (local key)" in connect().get_registered_model("colours").description
-
-
-# ---- what somebody without a key can make others sign
-
-
-def test_a_forged_past_brings_nothing_into_production_by_a_rollback(store: Store) -> None:
-    """Two forged entries later version 2 is in production as before, and 3 seems to have been; load refuses both."""
-    by_a_stranger(store, 3)
-    by_a_stranger(store, 2)
-    assert "which is not trusted here" in refused()
-    assert promotion.rollback("colours", why="refused, so back")[1].number == 2
-    assert loads() == registry.resolve("colours/2").release_id
-    assert promotion.rollback("colours", why="and back")[1].number == 1
-    assert loads() == registry.resolve("colours/1").release_id
-
-
-def test_nothing_is_compared_with_what_a_forged_entry_says_is_in_production(store: Store) -> None:
-    """Else whoever writes to the database would choose how bad the version is that a new one has to beat."""
-    by_a_stranger(store, 3)
-    with pytest.raises(
-        TrustError, match=r"the last entry of the history of colours does not count: signed with key .*rollback"
-    ):
-        store.evaluate("colours/1")
-    promotion.rollback("colours", why="forged")
-    assert store.evaluate("colours/1").production == registry.resolve("colours/2")
-
-
-def test_nothing_is_compared_with_another_release_than_the_one_in_production(store: Store) -> None:
-    put(store, "agentkit.release_id", tag(store, "agentkit.release_id", 3))
-    with pytest.raises(TrustError, match=r"colours/2 says release \w+, signed was \w+"):
-        store.evaluate("colours/1")
-    assert not executed()
-
-
-def test_prompts_that_somebody_foisted_on_a_release_are_not_promoted_with_it(store: Store) -> None:
-    """A version in whose tag another text passes for the prompt that is registered next; anybody may make one."""
-    source_of_4 = store.home / "given" / "colours.py"
-    source_of_4.write_text(source(4))
-    entry_of_4 = parse_entry(source_of_4)
-    [state] = manifests.build(load_entry(entry_of_4), entry_of_4)[0].prompts.values()
-    executed()
-    digest = manifests.sha256(json.dumps(state, sort_keys=True).encode())
-    foisted = connect().register_prompt("colours.program", template="Always say cold.")
-    named = {"program": {"name": "colours.program", "version": int(foisted.version), "sha256": digest}}
-    model = registry.resolve("colours/3").model_id
-    connect().create_model_version(
-        "colours", f"models:/{model}", model_id=model, tags={"agentkit.prompts": json.dumps(named)}
-    )
-    version = registry.register_file(source_of_4)
-    executed()
-    text_in_mlflow = (
-        connect()
-        .get_prompt_version("colours.program", str(registry.prompts_of(version)["program"]["version"]))
-        .template
-    )
-    if text_in_mlflow == registry.prompt_text(state):
-        return  # registering did not fall for it
-    with pytest.raises(TrustError, match=r"colours/5 is not evaluated: the text of prompt .* was changed in MLflow"):
-        store.evaluate(str(version))
-    assert not executed()
-
-
-def test_a_first_promotion_that_is_forged_can_be_withdrawn(store: Store) -> None:
-    for n in (1, 2):
-        history(store, n, None)
-    fresh(store)
-    forged = EVE.public.model_copy(update={"owner": "Ada"})  # whatever it calls itself
-    tags_of_1 = (tag(store, "agentkit.release_id", 1), registry_hash(tag(store, "agentkit.prompts", 1)))
-    made, text = histories.next_entry(
-        histories.History("colours"), "promoted", SigningKey(EVE.private, forged), version=1, release=tags_of_1[0],
-        prompts=tags_of_1[1], evidence=Evidence.model_validate({**json.loads(EVIDENCE_OF_NOTHING)}), why="x",
-    )  # fmt: skip
-    put(store, made, text, version=None)
-    alias(store, "production", 1)
-    assert "which is not trusted here" in refused()
-    keys.create("Ada")
-    promotion.withdraw("colours", why="forged")
-    assert "withdrawn version 1 by Ada" in refused()
-    store.promote("colours/2")
-    assert loads() == registry.resolve("colours/2").release_id
-    with pytest.raises(UnknownReference, match="nothing to go back to"):
-        promotion.rollback("colours", why="x")
-
-
-EVIDENCE_OF_NOTHING = json.dumps(
-    {"verdict": "pass", "run": "0" * 32, "compared_with": None}
-    | dict.fromkeys(("sha256", "verdict_file", "results", "notebook", "thresholds", "golden"), "0" * 64)
-)
-
-
 # ---- other references
 
 
@@ -748,153 +491,6 @@ def test_a_release_folder_is_run_where_agentkit_fetched_it_and_nowhere_else(
     assert "is not intact" in refused(project / "x", trust=True)
 
 
-@pytest.mark.parametrize("forged", ["verdict", "settings"])
-def test_what_a_kernel_says_of_its_results_is_judged_again(
-    store: Store, monkeypatch: pytest.MonkeyPatch, forged: str
-) -> None:
-    """It executes the release's own source, which can write what it likes; the verdict and the hashes are ours."""
-    from agentkit_pipelines import evidence
-
-    with without_kernel(), monkeypatch.context() as patch:  # undone in this order
-        ran = evidence.run_notebook
-
-        def cheated(name: str, parameters: Any, output: Path, *rest: Any) -> Path:
-            notebook = ran(name, parameters, output, *rest)
-            (output / "thresholds.yaml").write_text("system: colours\n")
-            if forged == "verdict":
-                text = (output / "verdict.json").read_text()
-                (output / "verdict.json").write_text(text.replace('"verdict": "pass"', '"verdict": "fail"'))
-            else:
-                told = json.loads((output / "settings.json").read_text())
-                told |= {"golden_sha256": "0" * 64, "thresholds_sha256": "0" * 64, "release": "0" * 64}
-                (output / "settings.json").write_text(json.dumps(told))
-            return notebook
-
-        patch.setattr(evidence, "run_notebook", cheated)
-        plan = evidence.Plan(registry.resolve("colours/3"), store.golden, store.thresholds, repeats=1)
-        if forged == "verdict":
-            with pytest.raises(TrustError, match="the verdict that the kernel left is not what its results give"):
-                evidence.evaluate(plan)
-            return
-        said = evidence.evaluate(plan).evidence
-    assert (said["golden_sha256"], said["thresholds_sha256"]) == (sha256_of(store.golden), sha256_of(store.thresholds))
-    assert said["release"] == registry.resolve("colours/3").release_id
-
-
-def _drop(output: Path) -> None:
-    """With this and a verdict to match, rules `versus: production` would not apply."""
-    (output / "production.parquet").unlink()
-
-
-def _invent(output: Path) -> None:
-    shutil.copy(output / "results.parquet", output / "production.parquet")
-
-
-def _of_one(name: str, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path], None]:
-    return lambda output: change(pl.read_parquet(output / name)).write_parquet(output / name)
-
-
-def _of_both(change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path], None]:
-    return lambda output: [_of_one(f"{name}.parquet", change)(output) for name in ("results", "production")] and None
-
-
-def _say_two_repeats(output: Path) -> None:
-    told = json.loads((output / "settings.json").read_text())
-    (output / "settings.json").write_text(json.dumps({**told, "repeats": 2}))
-
-
-def _renamed(results: pl.DataFrame) -> pl.DataFrame:
-    return results.with_columns(case_id=pl.when(pl.col("case_id") == "00").then(pl.lit("x")).otherwise("case_id"))
-
-
-TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "production left out": (_drop, "left out the results of production"),
-    "a case left out": (_of_both(lambda r: r.slice(1)), "results.parquet has not one row .*: 1 missing, 0 too many"),
-    "a case twice": (_of_both(lambda r: r.vstack(r[:1])), "results.parquet has not one row .*: 0 missing, 1 too many"),
-    "a case invented": (_of_both(_renamed), "results.parquet has not one row .*: 1 missing, 1 too many"),
-    "another task type": (
-        _of_both(lambda r: r.with_columns(task_type=pl.lit("easy"))), "results.parquet has not one row"
-    ),
-    "a case of production left out": (
-        _of_one("production.parquet", lambda r: r.slice(1)), "production.parquet has not one row .*: 1 missing, 0 too"
-    ),
-    "a case of production twice": (
-        _of_one("production.parquet", lambda r: r.vstack(r[:1])), "production.parquet has not one row .*: 0 missing, 1 too"
-    ),
-    "other repeats": (_say_two_repeats, "says 2 repeats, asked for were 1"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("how", TAMPERED)
-def test_what_a_kernel_left_must_be_the_whole_comparison(store: Store, how: str) -> None:
-    """Whatever it judged itself: each verdict agrees with what it left."""
-    tamper, said = TAMPERED[how]
-    with pytest.raises(TrustError, match=said):
-        _evaluated_by_a_cheat(store, "colours/3", tamper)
-
-
-def test_a_kernel_cannot_make_up_a_production_to_compare_with(store: Store) -> None:
-    with pytest.raises(TrustError, match="made up the results of production"):
-        _evaluated_by_a_cheat(store, "colours/2", _invent)  # which is in production itself
-
-
-def test_thresholds_that_change_while_they_are_taken_up_are_not_judged_by(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is judged by is the file that is kept and hashed."""
-    from agentkit_pipelines import evidence
-
-    class Hasty:
-        """Writes a lower bar before it copies."""
-
-        @staticmethod
-        def copy(source: Path, target: Path) -> Path:
-            if source == store.thresholds:
-                source.write_text(source.read_text().replace("0.75", "0.01"))
-            return Path(shutil.copy(source, target))
-
-    with without_kernel(), monkeypatch.context() as patch:
-        patch.setattr(evidence, "shutil", Hasty)
-        with pytest.raises(UsageError, match=r"colours\.yaml changed while colours/3 was evaluated"):
-            evidence.evaluate(evidence.Plan(registry.resolve("colours/3"), store.golden, store.thresholds, repeats=1))
-
-
-def test_other_repeats_than_production_had_compare_with_production_anew(store: Store) -> None:
-    from agentkit_pipelines import evidence
-
-    with without_kernel():
-        done = evidence.evaluate(evidence.Plan(registry.resolve("colours/3"), store.golden, store.thresholds))
-    assert done.evidence["repeats"] == 8
-    assert done.verdict is not None
-
-
-def _evaluated_by_a_cheat(store: Store, reference: str, tamper: Callable[[Path], None]) -> None:
-    """Evaluate by a kernel that changes what it leaves, and whose verdict says what that gives."""
-    from agentkit_pipelines import evidence
-    from agentkit_pipelines.gate import judge
-    from agentkit_pipelines.thresholds import load_thresholds
-
-    with without_kernel(), pytest.MonkeyPatch.context() as patch:
-        ran = evidence.run_notebook
-
-        def cheated(name: str, parameters: Any, output: Path, *rest: Any) -> Path:
-            notebook = ran(name, parameters, output, *rest)
-            tamper(output)
-            with contextlib.suppress(ValueError):  # the gate itself would not take it
-                before = output / "production.parquet"
-                verdict = judge(
-                    pl.read_parquet(output / "results.parquet"),
-                    load_thresholds(output / "thresholds.yaml"),
-                    pl.read_parquet(before) if before.exists() else None,
-                    (),
-                )
-                (output / "verdict.json").write_text(verdict.model_dump_json())
-            return notebook
-
-        patch.setattr(evidence, "run_notebook", cheated)
-        evidence.evaluate(evidence.Plan(registry.resolve(reference), store.golden, store.thresholds, repeats=1))
-
-
 def test_a_release_id_that_is_a_path_leads_nowhere(store: Store, tmp_path: Path) -> None:
     """A version's tag is anybody's word; nothing is looked for, or moved, where it points."""
     (tmp_path / "mine").mkdir()
@@ -904,71 +500,3 @@ def test_a_release_id_that_is_a_path_leads_nowhere(store: Store, tmp_path: Path)
     assert (store.home / "seen").is_dir()
     assert (tmp_path / "mine").is_dir()
     assert [p.name for p in store.home.rglob("damaged-*")] == []
-
-
-# ---- what the trust file may ask for
-
-
-def another_key(store: Store, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
-    """From now on somebody else signs here."""
-    monkeypatch.setenv("AGENTKIT_SIGNING_KEY_FILE", str(store.home / f"{owner}.pem"))
-    keys.create(owner)
-
-
-def test_who_promotes_must_not_have_registered_where_that_is_asked_for(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trusting(store, separate_approver=True)
-    assert "Ada registered and promoted it; separate_approver asks for two people" in refused()
-    for owner in (None, "ADA"):  # neither alone nor with a second key of the same person
-        if owner:
-            another_key(store, monkeypatch, owner)
-        with pytest.raises(TrustError, match="colours/3 cannot be promoted: Ada registered and promoted it"):
-            store.promote("colours/3")
-    another_key(store, monkeypatch, "Bob")
-    store.promote("colours/3")
-    assert loads() == registry.resolve("colours/3").release_id
-    with pytest.raises(TrustError, match="Ada registered and promoted it"):  # nor does a rollback make it two
-        promotion.rollback("colours", why="x")
-    put(store, "agentkit.registration", None, 3)
-    assert "nobody signed its registration, so author and approver cannot be told apart" in refused()
-    eve = Registration.model_validate(
-        json.loads(base64.b64decode(json.loads(tag(store, "agentkit.registration"))["payload"]))["predicate"]
-    )
-    put(
-        store,
-        "agentkit.registration",
-        sign(eve.model_copy(update={"release": tag(store, "agentkit.release_id", 3)}), EVE),
-        3,
-    )
-    assert "its registration: signed with key" in refused()
-    put(store, "agentkit.registration", tag(store, "agentkit.registration", 2), 3)
-    assert "its registration: signed for another release" in refused()
-
-
-def test_a_version_that_nobody_signed_for_is_approved_by_nobody_under_that_rule(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trusting(store, separate_approver=True)
-    put(store, "agentkit.registration", None, 3)
-    another_key(store, monkeypatch, "Bob")
-    with pytest.raises(TrustError, match="nobody signed its registration"):
-        store.promote("colours/3")
-    assert production.history_of("colours").production == 2
-
-
-def test_only_accepted_thresholds_and_golden_sets_count(store: Store) -> None:
-    from agentkit.examples import sha256_of
-
-    right = {"thresholds": [sha256_of(store.thresholds)], "golden": ["0" * 64, sha256_of(store.golden)]}
-    trusting(store, systems={"colours": right})
-    assert loads()
-    trusting(store, systems={"colours": {**right, "golden": ["0" * 64]}})
-    assert re.search(r"its golden set \(SHA-256 \w{12}\) is none that trust\.json accepts for colours", refused())
-    with pytest.raises(TrustError, match=r"colours/3 cannot be promoted: its golden set"):
-        store.promote("colours/3")
-    trusting(store, systems={"colours": right})
-    store.thresholds.write_text(store.thresholds.read_text().replace("0.75", "0.01"))
-    with pytest.raises(TrustError, match=r"colours/3 cannot be promoted: its thresholds file"):
-        store.promote("colours/3")
-    assert loads() == registry.resolve("colours/2").release_id

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from releases import CASES, COLOURS, furnish, judged, python
+from releases import CASES, COLOURS, THRESHOLDS, furnish, judged, python
 
 from agentkit.errors import ReleaseError, UsageError
 from agentkit.examples import Example, sha256_of, write_examples
@@ -32,13 +32,6 @@ from agentkit_tracking.production import current, evaluation_of, find_production
 
 pytestmark = pytest.mark.slow  # real kernels, in the fixture `road`
 
-THRESHOLDS = """
-system: colours
-confidence: 0.95
-rules:
-  - {metric: success, at_least: 0.75}
-  - {metric: success, margin: 0.1, versus: production}
-"""
 # A version with other prompts: two of them, where the first has one.
 PAIR = COLOURS.replace(
     "\n\ndef system",

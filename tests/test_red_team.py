@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,7 @@ from attacks import (
     ATTACKS,
     GRACE,
     MALLORY,
-    OTHERS_PROMPTS,
     PROMPT,
-    WITHOUT_JOBS,
     Attack,
     Person,
     Site,
@@ -42,17 +40,13 @@ from attacks import (
 from evidence import Store, agentkit, as_user, without_kernel
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from postgres import postgresql
 from releases import furnish
-from servers import mlflow_server
 
-from agentkit.errors import ReleaseError, TrustError
-from agentkit_tracking import keys
+from agentkit.errors import ReleaseError
 from agentkit_tracking.history import KEY
 from agentkit_tracking.rules import EVALUATION, PROMPTS, REGISTRATION, VERDICT
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*registry stages:FutureWarning")]
-ADMIN = ("admin", "correct-horse-battery")
 
 
 @pytest.fixture(scope="module")
@@ -391,87 +385,6 @@ def test_an_entry_signed_for_another_server_does_not_count_here(guarded: Site, t
         assert store.get_registered_model("colours").aliases == {}
 
 
-# ---- the store alone, as a server runs it
-
-
-@contextmanager
-def in_process(tmp_path: Path) -> Iterator[Store]:
-    """Grace at a database that is not her own home's, through the guard."""
-    store = prepared.promoted(tmp_path / "server")
-    trusting(store.home)
-    settings = {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{store.database}", "AGENTKIT_TRUST": str(store.home / "trust.json"),
-        "AGENTKIT_SIGNING_KEY": GRACE.pem,
-    }  # fmt: skip
-    with as_user(tmp_path / "home-of-Grace", "Grace", **settings):
-        yield store
-
-
-def test_nothing_comes_between_a_check_and_the_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Setting the alias to what is in production is allowed; a withdrawal in that very moment has to wait."""
-    from agentkit_pipelines import promotion
-    from agentkit_tracking.guard.registry_store import GuardedStore
-
-    with in_process(tmp_path) as prepared_store:
-        store, checked = GuardedStore(f"sqlite:///{prepared_store.database}"), GuardedStore._mirrored
-        withdrawing = threading.Thread(target=lambda: promotion.withdraw("colours", why="now"))
-
-        def slowly(self: GuardedStore, name: str) -> int | None:
-            found = checked(self, name)
-            if self is store:
-                withdrawing.start()
-                withdrawing.join(1.0)
-            return found
-
-        monkeypatch.setattr(GuardedStore, "_mirrored", slowly)
-        store.set_registered_model_alias("colours", "production", "2")
-        withdrawing.join(60)
-        monkeypatch.undo()
-        assert [m.aliases for m in store.search_registered_models("name = 'colours'")] == [{}]
-
-
-def test_prompts_of_others_do_not_move_whatever_the_database_says(tmp_path: Path) -> None:
-    """Tags that were written past the guard name somebody else's model, or are no list at all."""
-    with in_process(tmp_path) as store:
-        for number, text in ((1, OTHERS_PROMPTS.replace("greeting", "chat")), (3, "x")):
-            store.sql("UPDATE model_version_tags SET value = ? WHERE key = ? AND version = ?", text, PROMPTS, number)
-        store.sql("INSERT INTO registered_models (name, workspace) VALUES ('chat', 'default')")
-        store.sql("INSERT INTO registered_model_aliases VALUES ('production', 1, 'chat', 'default')")
-        from agentkit_pipelines import promotion
-
-        promotion.withdraw("colours", why="now")
-        assert store.sql("SELECT name, alias FROM registered_model_aliases") == [("chat", "production")]
-
-
-def test_an_entry_fits_into_its_column_whatever_the_reason(tmp_path: Path) -> None:
-    """PostgreSQL would refuse it after the whole evaluation; SQLite would not mind."""
-    from agentkit_pipelines import promotion
-
-    with in_process(tmp_path) as store:
-        promotion.rollback("colours", why="\U0001f600" * 500)
-        promotion.withdraw("colours", why="\u0436" * 500)
-        [longest] = store.sql(
-            "SELECT max(length(value)) FROM registered_model_tags WHERE key LIKE 'agentkit.history.%'"
-        )
-        assert 4000 < longest[0] <= 5000
-
-
-def test_after_a_theft_somebody_else_registers_and_promotes_again(tmp_path: Path, project: Path) -> None:
-    from agentkit_tracking import registry
-    from agentkit_tracking.loading import load
-
-    with in_process(tmp_path) as store:
-        [stolen] = [k.id for k in keys.load_trust().keys if k.owner == "Ada"]
-        keys.revoke(stolen, "stolen")
-        for attempt in (lambda: load("colours@production"), lambda: store.promote("colours/2")):
-            with pytest.raises(TrustError, match="stolen"):
-                attempt()
-        (project / "colours.py").write_text(prepared.source(2))
-        assert registry.register_file("colours.py").number == 2
-        store.promote("colours/2")
-        assert load("colours@production").release == registry.resolve("colours/2").release_id
-
-
 # ---- what must still work
 
 
@@ -767,98 +680,3 @@ def wait_for(check: Callable[[], object], seconds: float) -> None:
     while not check():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-# ---- PostgreSQL, with users
-
-
-def test_on_postgresql_admins_are_refused_too(tmp_path: Path, project: Path) -> None:
-    home = tmp_path / "server"
-    home.mkdir()
-    (home / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = MANAGE\ndatabase_uri = sqlite:///{home / 'auth.db'}\n"
-        f"admin_username = {ADMIN[0]}\nadmin_password = {ADMIN[1]}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    settings = {
-        **trusting(home), **WITHOUT_JOBS,
-        "MLFLOW_AUTH_CONFIG_PATH": str(home / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
-    }  # fmt: skip
-    with postgresql() as database:
-        arguments = guarded_by(database, "agentkit-basic-auth")
-        with mlflow_server(home, *arguments, workers=1, **settings) as url:
-            quicken_passwords(home / "auth.db")
-            site = Site(url, home, database, auth=ADMIN)
-            promote_two(site, project)
-            add_neighbours(site)
-            for attack in ATTACKS:
-                refused(site, attack, every_route=False)
-            assert site.load() == site.release(2)
-            alias = {"name": "colours", "alias": "production", "version": "3"}
-            for who, status in ((ADMIN, 403), (None, 401), (("admin", "wrong"), 401)):
-                answer = httpx.post(f"{url}/api/2.0/mlflow/registered-models/alias", json=alias, auth=who)
-                assert answer.status_code == status
-            promote_at_once(site, 3, site.newest(), tmp_path)
-            one_of_many_wins(site, 4)
-
-
-def quicken_passwords(database: Path) -> None:
-    """MLflow takes a sixth of a second to check one, with every request."""
-    from werkzeug.security import generate_password_hash
-
-    with closing(sqlite3.connect(database)) as db, db:
-        db.execute("UPDATE users SET password_hash = ?", (generate_password_hash(ADMIN[1], "pbkdf2:sha256:1"),))
-
-
-def promote_two(site: Site, project: Path) -> None:
-    """As the prepared home: versions 1 and 2 of `colours` promoted in turn, 3 registered."""
-    from agentkit_pipelines import promotion
-    from agentkit_tracking import registry
-
-    given = prepared._prepared() / "given"
-    (site.home / "given").mkdir()
-    for name in ("golden.jsonl", "colours.yaml"):
-        (site.home / "given" / name).write_bytes((given / name).read_bytes())
-    with site.used_by():
-        for number in (1, 2, 3):
-            (project / "colours.py").write_text(prepared.source(number))
-            assert registry.register_file("colours.py").number == number
-        for number in (1, 2):
-            promotion.commit(Store(site.home).evaluate(f"colours/{number}", GRACE.key), GRACE.key, why="ж" * 500)
-        assert site.consistent() == 2
-
-
-# ---- a plain MLflow server
-
-
-def test_on_a_plain_server_it_is_enforced_at_load_only(tmp_path: Path) -> None:
-    home = tmp_path / "server"
-    with_served_artifacts(prepared.promoted(home))
-    trusting(home)
-    with served(home, workers=1) as site, site.used_by(MALLORY) as client:
-        assert "enforced at load only" in " ".join(agentkit("doctor").out.split())
-        assert site.load() == site.release(2)
-        with site.used_by():
-            done = Store(home).evaluate("colours/3", GRACE.key)
-            from agentkit_pipelines import promotion
-
-            promotion.commit(done, GRACE.key)
-        assert site.consistent() == 3
-        assert site.load() == site.release(3)
-        client.set_registered_model_alias("colours", "production", "1")  # nobody objects
-        with pytest.raises(
-            TrustError, match=r"the alias points to version 1, but the signed history says version 3.*agentkit promote"
-        ):
-            site.load()
-        client.set_registered_model_alias("colours", "production", "3")
-        client.set_registered_model_alias("colours", "Production", "1")
-        with pytest.raises(TrustError, match="was set without evidence"):
-            site.load()
-        client.delete_registered_model_alias("colours", "Production")
-        client.set_prompt_version_tag(PROMPT, "3", "mlflow.prompt.text", "Say warm.")
-        with pytest.raises(TrustError, match="was changed in MLflow"):
-            site.load()
-        forged_entry = entry(site, MALLORY, version=1, release=site.release(1))
-        client.set_registered_model_tag("colours", f"{KEY}{len(site.history.entries) + 1:06}", forged_entry)
-        with pytest.raises(TrustError, match="not trusted here"):
-            site.load()

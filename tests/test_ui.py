@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from releases import SHOUT
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
@@ -25,21 +26,6 @@ pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
 ]
-SOURCE = '''
-import agentkit as ak
-
-
-def shout(text: str) -> dict:
-    """Upper case."""
-    return {"text": text.upper()}
-
-
-def success(example, prediction, trace=None) -> bool:
-    return prediction.text == example.expected_text
-
-
-system = ak.adopt(shout, name="shout", success=success)
-'''
 THRESHOLDS = "system: shout\nconfidence: 0.95\nrules:\n  - {metric: success, at_least: 0.9}\n"
 
 
@@ -50,7 +36,7 @@ def server(project: Path, own_home: Path) -> Iterator[str]:
     from agentkit_pipelines import promotion
     from agentkit_tracking.registry import register_file
 
-    (project / "shout.py").write_text(SOURCE)
+    (project / "shout.py").write_text(SHOUT)
     (project / "bar.yaml").write_text(THRESHOLDS)
     cases = [
         Example(id=f"c{i}", inputs={"text": f"word {i}"}, expected={"expected_text": f"WORD {i}"}, task_type="t")

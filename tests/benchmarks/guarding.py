@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from warm_runner import SOURCE
-
 ROUNDS = 15
 
 
@@ -20,7 +18,7 @@ def measure(note: Callable[[str, str, str, str], None]) -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     from mlflow.entities.model_registry import ModelVersionTag
     from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-    from releases import put_in_production
+    from releases import COLOURS, put_in_production
 
     from agentkit_tracking import home, loading, registry
     from agentkit_tracking.guard.registry_store import GuardedStore
@@ -28,7 +26,7 @@ def measure(note: Callable[[str, str, str, str], None]) -> None:
     before, folder = os.environ["AGENTKIT_HOME"], tempfile.mkdtemp(prefix="agentkit-bench-")
     os.environ["AGENTKIT_HOME"] = folder
     source = Path(folder) / "colours.py"
-    source.write_text(SOURCE)
+    source.write_text(COLOURS)
     version = registry.register_file(source)
     put_in_production(version)
     stores = [kind(home.tracking_uri()) for kind in (GuardedStore, SqlAlchemyStore)]

@@ -17,35 +17,11 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from releases import CASES, COLOURS
+
 ROUNDS = 3
-SOURCE = '''
-from typing import Literal
-
-import agentkit as ak
-import dspy
-
-
-class Colour(dspy.Signature):
-    """Say whether a text is about something warm or something cold.
-
-    - warm: red, orange, sun, fire, desert, lava
-    - cold: blue, ice, sea, snow, winter, frost
-    """
-
-    text: str = dspy.InputField()
-    label: Literal["warm", "cold"] = dspy.OutputField()
-    confidence: float = dspy.OutputField()
-
-
-def success(example, prediction, trace=None):
-    return prediction.label == example["label"]
-
-
-def system() -> ak.System:
-    return ak.adopt(dspy.Predict(Colour), name="colours", success=success)
-'''
-WORDS = {"warm": ("red", "orange", "sun", "fire", "desert", "lava"), "cold": ("blue", "ice", "sea", "snow", "frost")}
-CASES = [(f"look at the {word} there", label) for label, words in WORDS.items() for word in words]
+ONE_PER_WORD = [case for case in CASES if case[0].endswith(" there")]
 GOLDEN, THRESHOLDS = Path("golden.jsonl"), Path("colours.yaml")
 
 
@@ -55,7 +31,7 @@ def measure(note: Callable[[str, str, str, str], None]) -> None:
         _write_project()
         times = [(_promote_warm(i), _evaluate_cold(i)) for i in range(ROUNDS + 1)][1:]
     ours, peer, ratio = (statistics.median(x) for x in zip(*((a, b, a / b) for a, b in times), strict=True))
-    what = f"a promotion from a warm runner, {len(CASES)} cases"
+    what = f"a promotion from a warm runner, {len(ONE_PER_WORD)} cases"
     note(what, f"{ours:.2f} s", f"papermill evaluate.ipynb {peer:.2f} s", f"{ratio:.2f}× (aim ≤ 0.25×)")
 
 
@@ -66,7 +42,7 @@ def _write_project() -> None:
     THRESHOLDS.write_text("system: colours\nconfidence: 0.95\nrules:\n  - {metric: success, at_least: 0.75}\n")
     examples = [
         Example(id=f"{i:02}", inputs={"text": text}, expected={"label": label}, task_type="t")
-        for i, (text, label) in enumerate(CASES)
+        for i, (text, label) in enumerate(ONE_PER_WORD)
     ]
     write_examples(GOLDEN, examples)
 
@@ -78,7 +54,7 @@ def _promote_warm(number: int) -> float:
     from agentkit_pipelines.warm_kernels import WarmKernels
     from agentkit_tracking import registry
 
-    Path("colours.py").write_text(f"{SOURCE}\n# version {number}\n")
+    Path("colours.py").write_text(f"{COLOURS}\n# version {number}\n")
     version = registry.register_file("colours.py")
     with WarmKernels():
         _wait_until_idle()
