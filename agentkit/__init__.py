@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agentkit.sinks import add_sink
     from agentkit.states import State, diagram
     from agentkit.systems import System, adopt, approve_with
+    from agentkit.tool_lint import lint_tools
     from agentkit.tools import Tool, tool
 
 # Read when litellm is first imported, which would otherwise try a download.
@@ -51,6 +52,7 @@ _HOME = {
     "fit": "embedded",
     "intercept": "calls",
     "keep_cases": "example_tables",
+    "lint_tools": "tool_lint",
     "read_examples": "examples",
     "tool": "tools",
 }
@@ -78,6 +80,7 @@ __all__ = [
     "fit",
     "intercept",
     "keep_cases",
+    "lint_tools",
     "metrics",
     "read_examples",
     "tool",

@@ -42,6 +42,10 @@ class Breaker:
         """Whether calls fail at once just now."""
         return self._count >= self.failures and clock.monotonic() < self._open_until
 
+    def reset(self) -> None:
+        """Close the circuit and forget the failures."""
+        self._count = 0
+
     def call(self, work: Callable[[], T], counts: Callable[[BaseException], bool] = lambda error: True) -> T:
         """`work()`, unless the circuit is open; `counts` says which errors are the callee's failures.
 

@@ -182,11 +182,12 @@ def _tries(run: Run, tool: AnyTool, call: Call, values: Values) -> Any:
             return tool.line.breaker.call(lambda: _try(run, tool, call, values, first=tried == 1), counts=_is_fault)  # noqa: B023
         except CircuitOpen as e:
             raise ToolFailed(tool.name, "circuit open", str(e), attempts=tried) from e
-        except AgentkitError:
-            raise
         except Exception as e:
             wait = FIRST_WAIT_S * 2 ** (tried - 1)
-            if not transient(e) or tried == most or wait >= run.ledger.seconds_left:
+            again = transient(e) or (isinstance(e, ToolFailed) and e.fault == "malformed")
+            if not again or tried == most or wait >= run.ledger.seconds_left:
+                if isinstance(e, AgentkitError):
+                    raise
                 raise _failed(tool, e, tried) from e
             run.decide("retry", tool.name, f"{type(e).__name__}: {e}; next try in {wait:g} s")
             run.sleep(wait)

@@ -20,7 +20,7 @@ from agentkit.budget import Budget, Ledger
 from agentkit.callers import caller
 from agentkit.control import control
 from agentkit.current import DSPY_SETTING, current_run
-from agentkit.errors import SourceError, UsageError
+from agentkit.errors import ModelError, SourceError, UsageError
 from agentkit.models import MeteredLM, build_lm, metered
 from agentkit.records import RunRecord
 from agentkit.runs import REHEARSALS, Run
@@ -62,6 +62,7 @@ class System(dspy.Module):  # type: ignore[misc]
         budget: limits of one run; `daily` of all runs of a UTC day, in every process; `daily_per_user` of those of one
             user (`agentkit.acting_for`). Evaluations and replays are not charged to the day.
         autonomy: which calls an agent makes alone, which people are told of, and which wait for a person.
+        fallback_agent: who takes a request that the router's model failed on; without one the run fails.
         success: the metric that means success of a run; `metrics` are the others, reported beside it.
         files: data files that belong to the release (knowledge base, fixtures).
     """
@@ -77,6 +78,7 @@ class System(dspy.Module):  # type: ignore[misc]
         daily: Budget | None = None,
         daily_per_user: Budget | None = None,
         autonomy: Autonomy | None = None,
+        fallback_agent: str | None = None,
         success: Metric | None = None,
         metrics: Sequence[Metric] = (),
         files: Iterable[str | Path] = (),
@@ -91,6 +93,7 @@ class System(dspy.Module):  # type: ignore[misc]
         self.agents = {agent.name: agent for agent in agents}
         self.model, self.budget = model, budget or Budget()
         self.daily, self.daily_per_user, self.autonomy = daily, daily_per_user, autonomy or Autonomy()
+        self.fallback_agent = fallback_agent
         self.success, self.metrics = success, tuple(metrics)
         self.files = tuple(Path(f) for f in files)
         self.weights: Weights | None = None
@@ -110,6 +113,8 @@ class System(dspy.Module):  # type: ignore[misc]
             if count != 1:
                 raise SourceError(f"system {self.name!r} has {count} agents but no router")
             return
+        if self.fallback_agent not in (None, *self.agents):
+            raise SourceError(f"system {self.name!r}: fallback_agent {self.fallback_agent!r} is none of its agents")
         if not isinstance(self.router, dspy.Predict):
             raise SourceError(f"the router must be a dspy.Predict, got {type(self.router).__name__}")
         field = self.router.signature.output_fields[self._route_field()].annotation
@@ -226,7 +231,14 @@ class System(dspy.Module):  # type: ignore[misc]
     def _choose(self, run: Run, inputs: dict[str, Any]) -> Agent:
         if self.router is None:
             return next(iter(self.agents.values()))
-        answer = self.router(**{k: inputs[k] for k in self.router.signature.input_fields})
+        try:
+            answer = self.router(**{k: inputs[k] for k in self.router.signature.input_fields})
+        except ModelError as e:
+            if self.fallback_agent is None:
+                raise
+            run.degraded = str(e)
+            run.decide("route", self.fallback_agent, f"the router's model failed: {e}")
+            return self.agents[self.fallback_agent]
         run.routing, choice = answer, getattr(answer, self._route_field())
         run.decide("route", choice, f"router answered {dict(answer)!r}")
         return self.agents[choice]
@@ -253,7 +265,7 @@ class System(dspy.Module):  # type: ignore[misc]
         """
         import polars as pl
 
-        owners = self._inventories()
+        owners = self.inventories()
         tools = {tool.name: tool for inventory in owners for tool in inventory.tools}
         names = sorted({*tools, *(name for inventory in owners for name in inventory.forbidden)})
 
@@ -265,7 +277,8 @@ class System(dspy.Module):  # type: ignore[misc]
         columns = {inventory.agent: [cell(inventory, name) for name in names] for inventory in owners}
         return pl.DataFrame({"tool": names, **columns}, schema=dict.fromkeys(["tool", *columns], pl.String))
 
-    def _inventories(self) -> list[Inventory]:
+    def inventories(self) -> list[Inventory]:
+        """What each agent may use."""
         return [agent.inventory() for agent in self.agents.values()]
 
     def prompts(self) -> dict[str, dict[str, Any]]:
@@ -292,6 +305,7 @@ class System(dspy.Module):  # type: ignore[misc]
             "daily": self.daily and asdict(self.daily),
             "daily_per_user": self.daily_per_user and asdict(self.daily_per_user),
             "autonomy": self.autonomy.spec(),
+            "fallback_agent": self.fallback_agent,
             "success": getattr(self.success, "__name__", None),
             "metrics": [getattr(m, "__name__", str(m)) for m in self.metrics],
         }
@@ -337,7 +351,8 @@ class Adopted(System):
     def _check_routing(self, count: int) -> None:
         pass  # a program routes for itself
 
-    def _inventories(self) -> list[Inventory]:
+    def inventories(self) -> list[Inventory]:
+        """What the program may use."""
         return [Inventory(self.name, self.tools)]
 
     def work(self, run: Run, inputs: dict[str, Any]) -> Any:
@@ -345,7 +360,7 @@ class Adopted(System):
         run.to(State.PLANNING, "request received")
         run.route = type(self.program).__name__ if isinstance(self.program, dspy.Module) else self.name
         run.to(State.EXECUTING, "adopted program plans for itself")
-        with run.acting_as(*self._inventories()):
+        with run.acting_as(*self.inventories()):
             answer = self.program(**inputs)
         run.to(State.REFLECTING, "program returned")
         if answer is None:

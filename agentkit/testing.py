@@ -142,6 +142,7 @@ class Faults:
     Args:
         fault: which one, of `FAULTS`.
         rate: share of attempts that go wrong, 0 to 1.
+        attempts: only the first so many attempts of a call can go wrong; None: all of them, an outage.
         tools: names of the tools that may; all by default.
         effect: whether a write that fails has taken effect all the same (the answer was lost on the way back).
     """
@@ -151,6 +152,7 @@ class Faults:
         fault: Fault,
         *,
         rate: float = 1.0,
+        attempts: int | None = None,
         seed: int = 0,
         tools: Collection[str] | None = None,
         effect: bool = False,
@@ -159,7 +161,8 @@ class Faults:
             raise UsageError(f"there is no fault {fault!r}; there are {', '.join(FAULTS)}")
         if not 0 <= rate <= 1:
             raise UsageError(f"rate must be from 0 to 1, got {rate!r}")
-        self.fault, self.rate, self.seed, self.tools, self.effect = fault, rate, seed, tools, effect
+        self.fault, self.rate, self.attempts, self.seed = fault, rate, attempts, seed
+        self.tools, self.effect = tools, effect
         self.fired: Counter[str] = Counter()
         self._tried: Counter[str] = Counter()
         self._lock = threading.Lock()
@@ -184,6 +187,8 @@ class Faults:
         with self._lock:
             self._tried[call.key] += 1
             tried = self._tried[call.key]
+        if self.attempts is not None and tried > self.attempts:
+            return False
         text = canonical([self.seed, self.fault, call.run.inputs, call.number, tried])
         return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") < self.rate * 2**64
 

@@ -10,7 +10,7 @@ with app.setup:
     from functools import cache
     from io import StringIO
     from pathlib import Path
-    from typing import Any, Literal
+    from typing import Annotated, Any, Literal
 
     import dspy
     import marimo as mo
@@ -45,17 +45,18 @@ def _():
     mo.md(r"""
     ## Tools
 
-    Three functions with a permission each. `issue_refund` writes: the agent may refund less than \$50 alone; from
-    \$50.00 on a person is asked, and where nobody answers the refund is rejected.
+    Three functions with a permission each. `issue_refund` writes: the agent may refund less than \$50 alone, and people
+    are told; from \$50.00 on a person is asked, and where nobody answers the refund is rejected. Paying the same order
+    twice changes nothing, so it may be tried again when the bank does not answer.
     """)
     return
 
 
 @app.class_definition
 class Order(BaseModel):
-    """An order as the shop's system knows it."""
+    """An order as the shop's system knows it. Its number must look like one: text from outside must not reach a tool."""
 
-    order_id: str
+    order_id: str = Field(pattern=r"^ORD-\d{5}$")
     product: str
     status: str
     refundable_usd: float = Field(ge=0, description="USD that may be paid back today; 0 when the window has closed")
@@ -95,14 +96,20 @@ def knowledge_base() -> KnowledgeBase:
 
 @app.function
 @ak.tool
-def search_knowledge_base(query: str, limit: int = 3) -> list[dict[str, str]]:
+def search_knowledge_base(
+    query: Annotated[str, Field(description="the customer's words")],
+    limit: Annotated[int, Field(ge=1, le=10, description="articles at most")] = 3,
+) -> list[dict[str, str]]:
     """Find help-centre articles about a customer's words; returns id, title and body, best first."""
     return [{key: a[key] for key in ("id", "title", "body")} for a in knowledge_base().search(query, limit)]
 
 
 @app.function
 @ak.tool
-def lookup_order(customer_id: str, order_id: str | None = None) -> dict[str, Any] | None:
+def lookup_order(
+    customer_id: Annotated[str, Field(description="whose orders, e.g. C-0001")],
+    order_id: Annotated[str | None, Field(description="e.g. ORD-10003; the latest order without it")] = None,
+) -> Order | None:
     """Look up an order of this customer: the one named, or else the latest; None if there is none.
 
     An order of somebody else is never returned.
@@ -111,13 +118,19 @@ def lookup_order(customer_id: str, order_id: str | None = None) -> dict[str, Any
     if order_id is not None:
         mine = [o for o in mine if o["order_id"] == order_id]
     latest = max(mine, key=lambda o: o["ordered_on"], default=None)
-    return None if latest is None else Order.model_validate(latest).model_dump()
+    return None if latest is None else Order.model_validate(latest)
 
 
 @app.function
-@ak.tool(permission="write", human_at={"amount_usd": HUMAN_FROM_USD})
-def issue_refund(order_id: str, amount_usd: float) -> str:
-    """Pay the refundable amount of an order back to the customer; returns the refund's reference."""
+@ak.tool(permission="write", human_at={"amount_usd": HUMAN_FROM_USD}, idempotent=True, writes_to="order_id")
+def issue_refund(
+    order_id: Annotated[str, Field(pattern=r"^ORD-\d{5}$", description="the order to pay back, e.g. ORD-10003")],
+    amount_usd: Annotated[float, Field(gt=0, description="USD, no more than is refundable")],
+) -> str:
+    """Pay the refundable amount of an order back to the customer; returns the refund's reference.
+
+    A second refund of the same order and amount is the first one again.
+    """
     return f"RF-{order_id.removeprefix('ORD-')}-{amount_usd:.2f}"
 
 
@@ -227,7 +240,7 @@ class TriageAgent(ak.Agent):
         run.decide("action", action, reason)
         return {"articles": articles, "order": order, "action": action, "reason": reason}
 
-    def act(self, run: ak.Run, proposed: str, order: dict[str, Any] | None) -> tuple[str, str]:
+    def act(self, run: ak.Run, proposed: str, order: Order | None) -> tuple[str, str]:
         """The final action and its reason. Outside billing nobody can pay: a person has to look."""
         if proposed == "refund":
             return "escalate", "the customer wants money back, which this queue cannot decide"
@@ -235,6 +248,21 @@ class TriageAgent(ak.Agent):
 
     def reflect(self, run: ak.Run, plan: dspy.Prediction, facts: dict[str, Any], ticket: str, customer_id: str) -> Any:
         return self.compose(plan, facts, ticket, queue=self.name, confidence=plan.confidence * run.routing.confidence)
+
+    def recover(self, run: ak.Run, error: Exception, ticket: str, customer_id: str) -> Assignment:
+        """Where a tool or the model fails for good, a person takes over: nothing is guessed and nothing is paid."""
+        return Assignment(
+            queue=self.name if self.name in ("billing", "technical", "general") else "general",
+            category=self.categories[0],
+            priority="normal",
+            sentiment="neutral",
+            proposed_action="escalate",
+            action="escalate",
+            reply_draft="A colleague will look at this in person and write to you within one business day.",
+            cited_articles=[],
+            confidence=0,
+            reason=f"handed over because {error}"[:300],
+        )
 
     def compose(
         self, plan: dspy.Prediction, facts: dict[str, Any], ticket: str, queue: str, confidence: float
@@ -269,18 +297,18 @@ class BillingAgent(TriageAgent):
     tools = (search_knowledge_base, lookup_order, issue_refund)
     categories = ("refund_request", "wrong_charge", "invoice_payment", "subscription")
 
-    def act(self, run: ak.Run, proposed: str, order: dict[str, Any] | None) -> tuple[str, str]:
+    def act(self, run: ak.Run, proposed: str, order: Order | None) -> tuple[str, str]:
         if proposed != "refund":
             return proposed, f"the ticket asks for: {proposed}"
         if order is None:
             return "answer", "a refund was asked for, but this customer has no such order; ask for the number"
-        amount = order["refundable_usd"]
+        amount = order.refundable_usd
         if amount == 0:
-            return "answer", f"{order['order_id']} is past its refund window or already paid back"
-        reference = run.call(issue_refund, order_id=order["order_id"], amount_usd=amount)
+            return "answer", f"{order.order_id} is past its refund window or already paid back"
+        reference = run.call(issue_refund, order_id=order.order_id, amount_usd=amount)
         if reference is None:
             return "escalate", f"a refund of ${amount:.2f} needs a person and was not approved"
-        return "refund", f"{order['order_id']} is refundable; paid back ${amount:.2f} as {reference}"
+        return "refund", f"{order.order_id} is refundable; paid back ${amount:.2f} as {reference}"
 
 
 @app.class_definition
@@ -333,6 +361,7 @@ def make(name: str, router: dspy.Predict | None, agents: list[ak.Agent]) -> ak.S
         name,
         agents,
         router=router,
+        fallback_agent="general" if router else None,
         success=success,
         metrics=[
             nothing_forbidden,
@@ -382,7 +411,7 @@ class SoloAgent(TriageAgent):
         )
         self.classify = dspy.Predict(described)
 
-    def act(self, run: ak.Run, proposed: str, order: dict[str, Any] | None) -> tuple[str, str]:
+    def act(self, run: ak.Run, proposed: str, order: Order | None) -> tuple[str, str]:
         return BillingAgent.act(self, run, proposed, order)
 
     def reflect(self, run: ak.Run, plan: dspy.Prediction, facts: dict[str, Any], ticket: str, customer_id: str) -> Any:
@@ -580,8 +609,12 @@ def _():
 @app.function
 def test_refund_below_the_limit_is_paid_and_from_the_limit_on_needs_a_person():
     refund = {"proposed_action": "refund", "category": "refund_request"}
-    for order_id, amount, action in (("A", 49.99, "refund"), ("B", 50.00, "escalate"), ("C", 50.01, "escalate")):
-        order = Order(order_id=order_id, product="p", status="delivered", refundable_usd=amount).model_dump()
+    for order_id, amount, action in (
+        ("ORD-00001", 49.99, "refund"),
+        ("ORD-00002", 50.00, "escalate"),
+        ("ORD-00003", 50.01, "escalate"),
+    ):
+        order = Order(order_id=order_id, product="p", status="delivered", refundable_usd=amount)
 
         class Probe(BillingAgent):
             def plan(self, run, ticket, customer_id):
@@ -610,7 +643,7 @@ def test_refund_below_the_limit_is_paid_and_from_the_limit_on_needs_a_person():
 
 @app.function
 def test_an_order_of_somebody_else_is_not_found():
-    assert lookup_order(customer_id="C-0002", order_id="ORD-10013")["order_id"] == "ORD-10013"
+    assert lookup_order(customer_id="C-0002", order_id="ORD-10013").order_id == "ORD-10013"
     assert lookup_order(customer_id="C-0001", order_id="ORD-10013") is None
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from agentkit.errors import AgentkitError, UsageError
-from agentkit_pipelines import budget_cli, data_cli, gate_cli, incident_cli, terminal, trust_cli
+from agentkit_pipelines import budget_cli, data_cli, gate_cli, incident_cli, terminal, tools_cli, trust_cli
 from agentkit_pipelines.gate_cli import CRASH, OK, MaxUsd, Reference, Trusted, Workers, exit_code, fail
 
 app = typer.Typer(
@@ -65,9 +65,12 @@ def register(
         connect().set_registered_model_alias(version.name, registry.CANDIDATE, str(version.number))
     state = "registered" if version.created else "unchanged, already registered as"
     terminal.console().print(f"{state} [bold]{version}[/bold], release {version.release_id[:12]}")
+    tools_cli.show_findings(tools_cli.registration_findings(registry.fetch_version(version)[1].spec))
 
 
+app.command("lint-tools")(tools_cli.lint_tools)
 app.command()(gate_cli.evaluate)
+app.command()(gate_cli.chaos)
 app.command()(gate_cli.promote)
 app.command()(gate_cli.rollback)
 app.command()(gate_cli.withdraw)

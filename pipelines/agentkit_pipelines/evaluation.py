@@ -20,6 +20,7 @@ from agentkit.models import EMBEDDED
 from agentkit.perturb import perturb
 from agentkit.records import RunRecord
 from agentkit.systems import System
+from agentkit_pipelines import chaos as chaos_runs
 
 FREE_REPEATS = 8  # of a model that costs nothing
 PAID_REPEATS = 3
@@ -47,6 +48,11 @@ RESULT_COLUMNS = frozenset(
         "tool_calls",
         "metric_errors",
         "output",
+        "chaos_fault",
+        "chaos_run_id",
+        "chaos_failure",
+        "chaos_escalated",
+        "chaos_violation",
     ]
 )
 _SECONDS_PER_CALL = 1.0  # assumed of a provider's model when estimating minutes
@@ -150,12 +156,14 @@ def evaluate(
     workers: int | None = None,
     max_usd: float | None = None,
     ledger: Ledger | None = None,
+    chaos: bool = False,
     progress: Progress | None = None,
 ) -> pl.DataFrame:
     """Run every example `repeats` times and score each run.
 
     Repeat 0 uses the inputs as they are; the others are perturbed by (seed, case, repeat), alike for every version,
     so that versions can be compared pairwise. No cache is used. `progress(done, total)` is called after each run.
+    With `chaos` every run is made again under an injected fault, see `chaos.fault_for`.
     `max_usd` limits this evaluation; a `ledger` from `spending_limit` limits several together, and takes its place.
 
     Returns:
@@ -163,11 +171,13 @@ def evaluate(
         task_failure (the run ended FAILED: an error or invalid output), escalated (a person was asked or the output's
         `action` is escalate), confidence, cost_usd (USD), latency_s (without waiting for people), planning_s,
         execution_s, reflection_s (seconds), tokens_in, tokens_out, model_calls, tool_calls, one column per metric
-        (null where it crashed; false or 0 where the run failed), metric_errors (text) and output (JSON text).
+        (null where it crashed; false or 0 where the run failed), metric_errors (text) and output (JSON text); with
+        chaos also those of `chaos.columns`.
 
     Raises:
         UsageError: nothing to evaluate, or the system names no success metric.
         BudgetExceeded: `max_usd` was reached; nothing further is spent, what was done is in the run log.
+        ChaosViolation: under a fault it did what it must never do.
     """
     if not examples:
         raise UsageError("there are no examples to evaluate")
@@ -194,14 +204,26 @@ def evaluate(
             "repeat": repeat,
             "task_type": example.task_type,
             **_score(system, example, record),
+            **(_under_a_fault(system, example, repeat, seed, record, ledger) if chaos else {}),
         }
 
     rows = []
-    for i, (_, row) in enumerate(in_parallel(work, jobs, workers or default_workers(system)), 1):
+    for i, (_, row) in enumerate(in_parallel(work, jobs, 1 if chaos else workers or default_workers(system)), 1):
         rows.append(row)
         if progress is not None:
             progress(i, len(jobs))
     return _frame(rows, metrics_of(system))
+
+
+def _under_a_fault(
+    system: System, example: Example, repeat: int, seed: int, calm: RunRecord, ledger: Ledger
+) -> dict[str, Any]:
+    fault, outage = chaos_runs.fault_for(example.id, repeat, seed)
+    inputs = perturb(example.inputs, case_id=example.id, repeat=repeat, seed=seed)
+    found = chaos_runs.disturb(system, inputs, fault, outage=outage, calm=calm, seed=seed, ledger=ledger)
+    if found.violations:
+        raise chaos_runs.ChaosViolation(f"run {found.record.run_id} under {fault!r}: {'; '.join(found.violations)}")
+    return chaos_runs.columns(found)
 
 
 def metrics_of(system: System) -> dict[str, Metric]:
@@ -223,7 +245,7 @@ def metrics_of(system: System) -> dict[str, Metric]:
 def _score(system: System, example: Example, record: RunRecord) -> dict[str, Any]:
     failed = record.state != "DONE"
     expected, errors, scores = example.for_dspy(), [], {}
-    prediction = None if failed else dspy.Prediction(**_attributes(record), route=record.route, record=record)
+    prediction = None if failed else prediction_of(record)
     for name, metric in metrics_of(system).items():
         try:
             scores[name] = None if failed else _plain(metric(expected, prediction))
@@ -254,8 +276,10 @@ def _score(system: System, example: Example, record: RunRecord) -> dict[str, Any
     }
 
 
-def _attributes(record: RunRecord) -> dict[str, Any]:
-    return {k: v for k, v in (record.output or {}).items() if k not in ("route", "record")}
+def prediction_of(record: RunRecord) -> dspy.Prediction:
+    """A finished run as metrics see it."""
+    fields = {k: v for k, v in (record.output or {}).items() if k not in ("route", "record")}
+    return dspy.Prediction(**fields, route=record.route, record=record)
 
 
 def _plain(value: Any) -> bool | float | str:

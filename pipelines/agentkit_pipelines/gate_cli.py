@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -83,6 +85,55 @@ def evaluate(
     if report is not None:
         pull_request.write(done, report)
     raise typer.Exit(_exit_code_of(done.verdict.verdict))
+
+
+def chaos(
+    reference: Reference,
+    golden: Golden = None,
+    cases: Annotated[int, typer.Option(min=0, help="of the golden set, evenly spread; 0: all")] = 40,
+    fault: Annotated[list[str] | None, typer.Option(help="only this one; can be given again [default: all]")] = None,
+    failure_at_most: Annotated[float, typer.Option(min=0, max=1, help="of the runs that a fault hit")] = 0.08,
+    seed: Seed = 0,
+    max_usd: MaxUsd = None,
+    trust: Trusted = False,
+) -> None:
+    """Run golden cases while tools and models go wrong: who recovers, who hands over, who fails.
+
+    Exit code 3 when a fault makes too many runs fail, or when any run writes without being allowed to, spends past its
+    budget or is lost. A rule on `chaos_failure` in the thresholds file makes this part of the gate.
+    """
+    import polars as pl
+
+    from agentkit_pipelines import chaos as runs
+    from agentkit_pipelines.notebook_runner import run_notebook
+    from agentkit_tracking import loading
+    from agentkit_tracking.home import home
+
+    if unknown := [name for name in fault or () if name not in runs.SURVIVABLE]:
+        raise UsageError(f"there is no fault {unknown[0]!r} here; there are {', '.join(runs.SURVIVABLE)}")
+    plan = _plan(reference, golden, None)
+    folder, manifest = loading.fetch(reference, trust=trust)
+    parameters: dict[str, Any] = {
+        "version": str(folder),
+        "golden": str(plan.golden.resolve()),
+        "cases": cases,
+        "seed": seed,
+    }
+    parameters |= {"faults": ",".join(fault or ()), "failure_at_most": failure_at_most, "trust": trust}
+    if max_usd is not None:
+        parameters["max_usd"] = max_usd
+    output = home() / "chaos" / f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{manifest.system}"
+    with terminal.progress("chaos") as progress:
+        executed = run_notebook("chaos", parameters, output, progress)
+    terminal.show_chaos(runs.summarise(pl.read_parquet(output / "chaos.parquet")), str(plan.version))
+    out = terminal.console()
+    missed = json.loads((output / "missed.json").read_text())
+    for line in missed:
+        out.print(f"✗ {line}", style="red", markup=False)
+    out.print(
+        f"{'[red]targets missed[/red]' if missed else '[green]all targets met[/green]'} · {terminal.short(executed)}"
+    )
+    raise typer.Exit(FAILED if missed else OK)
 
 
 def _exit_code_of(verdict: str) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import polars as pl
     from rich.console import Console
 
     from agentkit.records import RunRecord
@@ -104,6 +105,34 @@ def show_verdict(done: Evaluation) -> None:
     out.print(
         f"[dim]✓ proven  ✗ missed  ? undecided  ○ not exercised by this model  – not applicable · {short(done.folder)}[/dim]"
     )
+
+
+def show_chaos(summary: pl.DataFrame, version: str) -> None:
+    """What became of the runs under each fault."""
+    from rich.table import Table
+
+    words = ("recovered", "escalated", "failed", "failed_at_most", "wrong")
+    table = Table(
+        "fault",
+        "runs hit",
+        "recovered",
+        "escalated",
+        "failed",
+        "at most, 95 %",
+        "wrong, unsaid",
+        "violations",
+        title=f"chaos: {version}",
+    )
+    for row in summary.iter_rows(named=True):
+        shares = ["–" if row[word] is None else f"{row[word]:.1%}" for word in words]
+        table.add_row(
+            row["fault"],
+            str(row["hit"]),
+            *shares,
+            str(row["violations"]),
+            style="bold" if row["fault"] == "all" else None,
+        )
+    console().print(table)
 
 
 def show_run(record: RunRecord) -> None:

@@ -17,11 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 
 from agentkit.errors import DataError
 
-PROPORTIONS = frozenset({"success", "task_failure", "escalated"})
+CHAOS = frozenset({"chaos_failure", "chaos_escalated", "chaos_violation"})
+"""Shares of runs under an injected fault; measured where a rule asks for one of them."""
+PROPORTIONS = frozenset({"success", "task_failure", "escalated"}) | CHAOS
 SECONDS = frozenset({"latency_s", "planning_s", "execution_s", "reflection_s"})
 COST_PER_SUCCESS = "cost_per_success_usd"
 DOLLARS = frozenset({"cost_usd", COST_PER_SUCCESS})
-LOWER_IS_BETTER = frozenset({"task_failure", "escalated"}) | SECONDS | DOLLARS
+LOWER_IS_BETTER = frozenset({"task_failure", "escalated"}) | CHAOS | SECONDS | DOLLARS
 """Metrics of which less is better; all others, those of the system included, are better when greater."""
 
 Level = Literal["block", "warn"]
@@ -126,6 +128,11 @@ class Thresholds(BaseModel):
         """Hash of the content: comments, layout and defaults written out do not change it, any number does."""
         content = self.model_dump(mode="json", exclude_none=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def wants_chaos(self) -> bool:
+        """Whether a rule needs the runs under faults."""
+        return any(rule.metric in CHAOS for rule in self.rules)
 
     @model_validator(mode="after")
     def _has_no_rule_twice(self) -> Thresholds:
