@@ -37,6 +37,7 @@ class Situation:
     failures: int = 0  # calls of this run that have failed so far
     budget_used: float = 0.0  # largest used share of any limit of the run or the day
     over: str | None = None  # which amount meets the tool's limit, in words
+    repeated: bool = False  # this run has made the same call before, and it is not idempotent
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Autonomy:
             yield Tier.WAIT, f"{now.budget_used:.0%} of a budget is used"
         if now.over is not None:
             yield Tier.WAIT, now.over
+        if now.repeated:
+            yield Tier.WAIT, "this run has done exactly that already"
 
     def rows(self) -> list[dict[str, str | int]]:
         """The whole policy as a table: one row for each condition, with its tier."""
@@ -93,6 +96,7 @@ class Autonomy:
             (f"{self.failures_from} failed calls", self.failures_from and Tier.WAIT),
             (f"budget used from {self.budget_used_from}", self.budget_used_from and Tier.WAIT),
             ("an amount at or over the tool's limit", Tier.WAIT),
+            ("the same call of a tool that is not idempotent, again", Tier.WAIT),
         ]
         return base + [{"rule": f"write or execute: {rule}", "tier": int(tier)} for rule, tier in rules if tier]
 

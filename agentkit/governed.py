@@ -10,7 +10,7 @@ from agentkit.approvals import ApprovalRequest, Decision, decide
 from agentkit.autonomy import Situation, Tier
 from agentkit.breaker import CircuitOpen
 from agentkit.calls import Call, around, around_attempt
-from agentkit.errors import AgentkitError, PermissionDenied, PolicyRefused, Refusal, ToolFailed, ToolFault
+from agentkit.errors import AgentkitError, PermissionDenied, PolicyRefused, Refusal, ToolFailed, ToolFault, UsageError
 from agentkit.jsonable import jsonable
 from agentkit.states import State
 from agentkit.tool_calls import FIRST_WAIT_S, Overdue, transient, within
@@ -27,7 +27,7 @@ def call_tool(run: Run, tool: AnyTool, arguments: Values) -> Any:
     """See `Run.call`."""
     inventory = _permit(run, tool, arguments)
     run.heed(tool.name)
-    values = tool.validate(arguments)
+    values = _fitting(run, tool, arguments)
     _check(run, tool, values)
     cost = {"tool_calls": 1.0, "usd": tool.cost_usd}
     run.reserve(**cost)  # held while a person is asked; the first try uses it up
@@ -43,8 +43,8 @@ def call_tool(run: Run, tool: AnyTool, arguments: Values) -> Any:
                 run.ledger.settle(cost, {})
                 return None
             if decision.verdict == "modify":
-                values = tool.validate(decision.arguments or {})
-                _check(run, tool, values)
+                values = _fitting(run, tool, decision.arguments or {})
+            _check(run, tool, values)  # again: the world may have changed while the person thought
         run.heed(tool.name)  # somebody may have stopped it meanwhile
     except BaseException:
         run.ledger.settle(cost, {})
@@ -70,6 +70,14 @@ def _permit(run: Run, tool: AnyTool, arguments: Values) -> Inventory:
         agent, names = (inventory.agent, [t.name for t in inventory.tools]) if inventory else ("(none)", [])
         _deny(run, tool, arguments, PermissionDenied(agent, tool.name, names))
     return inventory
+
+
+def _fitting(run: Run, tool: AnyTool, arguments: Values) -> Values:
+    try:
+        return tool.validate(arguments)
+    except UsageError as e:
+        run.note("tool", tool.name, inputs=jsonable(arguments), error=str(e))
+        raise
 
 
 def _check(run: Run, tool: AnyTool, values: Values) -> None:
@@ -102,6 +110,7 @@ def _tier(run: Run, tool: AnyTool, values: Values) -> tuple[Tier, str]:
                 failures=run.failures,
                 budget_used=run.budget_used() if changes else 0.0,
                 over=tool.human_needed(values) if changes else None,
+                repeated=changes and not tool.idempotent and _done_before(run, tool, values),
             )
         )
         return [int(tier), "; ".join(why)]
@@ -112,6 +121,13 @@ def _tier(run: Run, tool: AnyTool, values: Values) -> tuple[Tier, str]:
     tier, why = run.through("tier", tool.name, values, decide_now)
     run.decide(f"tier of {tool.name}", tier, why)
     return Tier(tier), why
+
+
+def _done_before(run: Run, tool: AnyTool, values: Values) -> bool:
+    """Whether this run has made the very same write, or may have."""
+    arguments = jsonable(values)
+    made = (e for e in run.effects if e["outcome"] != "failed")
+    return any(e["tool"] == tool.name and e["arguments"] == arguments for e in made)
 
 
 def _ask(run: Run, agent: str, tool: AnyTool, values: Values, reason: str) -> Decision:
@@ -135,6 +151,7 @@ def _ask(run: Run, agent: str, tool: AnyTool, values: Values, reason: str) -> De
         with run.timed("approval", tool.name, inputs=jsonable(values)) as step:
             answer = around(run.interceptors, call, lambda: asdict(decide(run.approver, request)))
             decision = Decision(**answer)
+            run.last_decision = decision
             step.outputs = {name: value for name, value in answer.items() if value not in (None, "")}
         run.ledger.excuse(time.perf_counter() - began)  # a person's time is not the agent's
         run.to(State.EXECUTING, _in_words(decision))

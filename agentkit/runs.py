@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from agentkit import clock
-from agentkit.approvals import Approver
+from agentkit.approvals import Approver, Decision
 from agentkit.autonomy import Autonomy
 from agentkit.blackboard import Blackboard, Claims
 from agentkit.budget import Budget, Ledger
@@ -64,6 +64,7 @@ class Run:
         self.route: str | None = None
         self.routing: Any = None  # the router's whole prediction, for agents that combine its confidence with theirs
         self.confidence: float | None = None  # the agent's own, 0 to 1; below the policy's bar a person decides
+        self.last_decision: Decision | None = None  # of the person asked last; a rejected call returns None
         self.max_steps: int = MAX_STEPS
         self.steps: list[Step] = []
         self.effects: list[dict[str, Any]] = []
@@ -120,7 +121,7 @@ class Run:
         """Call a tool: inventory, arguments, the tool's own check, budget, then the policy's tier, then the call.
 
         Returns:
-            What the tool returns, or None when a person (or the lack of one) said no; the refusal is recorded.
+            What the tool returns, or None when a person (or the lack of one) said no (see `last_decision`).
 
         Raises:
             Refusal: the call was not made, and the run will end.

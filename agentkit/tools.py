@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, get_args, get_type_hints, overload
 
@@ -168,7 +169,7 @@ class Tool(Generic[P, R]):
         for name, limit in self.human_at.items():
             value = arguments.get(name)
             # `not <` rather than `>=`: NaN must reach a person, not slip past the limit; so must no amount at all.
-            if value is None or not value < limit:
+            if value is None or not abs(value) < limit:
                 found = value if value is None else f"{value:.2f}"
                 return f"{name} is {found}, and from {limit:.2f} on a person decides"
         return None
@@ -237,19 +238,45 @@ class SchemaArguments(Arguments):
             Draft202012Validator.check_schema(parameters)
         except SchemaError as e:
             raise UsageError(f"the tool's parameters are no valid JSON schema: {e.message}") from e
-        self._schema, self._validator = parameters, Draft202012Validator(parameters)
+        self._schema, self._validator = parameters, Draft202012Validator(_closed(parameters))
         self.names = frozenset(parameters.get("properties", {}))
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         given = dict(arguments)
         if problems := [f"{e.json_path}: {e.message}" for e in self._validator.iter_errors(given)]:
             raise ValueError("; ".join(problems))
-        if extra := sorted(given.keys() - self.names):  # JSON schema lets them pass; a misspelt limit must not
+        if extra := sorted(given.keys() - self.names):
             raise ValueError(f"{extra[0]}: no such parameter")
+        if not all(map(math.isfinite, _numbers(given))):
+            raise ValueError("a number that is NaN or infinite")  # no limit holds for it
         return given
 
     def schema(self) -> dict[str, Any]:
         return self._schema
+
+
+def _closed(schema: Any) -> Any:
+    """The schema with no further properties in any object that names some: a misspelt limit must not pass."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # What is combined by allOf is no whole object; it stays as open as it was written.
+    closed = {
+        key: value if key in ("allOf", "const", "enum", "default") else _closed(value) for key, value in schema.items()
+    }
+    open_by_intent = {"additionalProperties", "patternProperties", "unevaluatedProperties", "allOf"} & schema.keys()
+    if isinstance(schema.get("properties"), dict) and schema.get("type", "object") == "object" and not open_by_intent:
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
 
 
 def _problems(error: ValidationError, whole: str) -> str:
@@ -298,7 +325,7 @@ def tool(
         permission: `read` (default) changes nothing outside; `write` and `execute` do, and are recorded as effects.
         criticality: low, medium or high; with the permission it decides the tier (`agentkit.Autonomy`). Default: low
             for reads, medium else.
-        human_at: for numeric parameters, the value from which on (inclusive) a person must approve the call.
+        human_at: for numeric parameters, the magnitude from which on (inclusive) a person must approve the call.
         cost_usd: price of one try, USD; reserved in the budget.
         idempotent: a repetition with the same arguments changes nothing more; default: True for reads. A parameter
             called `idempotency_key` is filled in by the run, the same for every try of one call.

@@ -39,14 +39,19 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "AGENTKIT_SIGNING_KEY",
         "AGENTKIT_SIGNING_KEY_FILE",
         "AGENTKIT_TRUST",
+        "AGENTKIT_CONTROL",
+        "AGENTKIT_WEBHOOK_URL",
+        "AGENTKIT_WEBHOOK_SECRET",
+        "AGENTKIT_APPROVAL_HOURS",
         *(n for n in os.environ if n.endswith("_API_KEY")),
     ):
         monkeypatch.delenv(name, raising=False)
     yield home
     from agentkit_tracking import keys, runlog
+    from agentkit_tracking.control import database
 
     keys._taken.clear()
-
+    database.close()
     for log in runlog._logs.values():
         log.close()
     runlog._logs.clear()

@@ -610,3 +610,77 @@ def test_a_plan_may_be_made_ten_times_and_no_more() -> None:
     record = doing(restless).run()
     assert str(record.error).startswith("BudgetExceeded: budget of 10 plan steps would be exceeded: 10 used")
     assert sum(s.kind == "transition" and s.name == "EXECUTING" for s in record.steps) == 10
+
+
+def test_what_a_person_approved_is_checked_again_when_they_have_thought() -> None:
+    shipped: list[str] = []
+
+    def not_shipped(arguments: Any, user: str | None) -> str | None:
+        return "it has been shipped" if shipped else None
+
+    wary = ak.tool(permission="write", criticality="high", check=not_shipped)(cancel.function)
+
+    def slowly(request: ak.ApprovalRequest) -> bool:
+        shipped.append(request.arguments["order_id"])
+        return True
+
+    with ak.approve_with(slowly):
+        record = using(wary, arguments={"order_id": "A"})
+    assert str(record.error) == "PolicyRefused: tool 'cancel' was not called: it has been shipped"
+    assert (CALLS, record.effects) == ([], [])
+
+
+def test_the_same_write_again_waits_for_a_person_unless_repeating_it_changes_nothing() -> None:
+    def twice(run: Run) -> Any:
+        first = run.call(tool, place="A")
+        return [first, run.call(tool, place="A"), run.last_decision and run.last_decision.verdict]
+
+    tool = flaky(0, ValueError(), permission="write", criticality="low")
+    record = doing(twice, tool).run()
+    assert record.output == {"value": ["from A", None, "reject"]}
+    assert decisions(record, "tier of fetch")[1] == (3, "this run has done exactly that already")
+    tool = flaky(0, ValueError(), permission="write", criticality="low", idempotent=True)
+    assert doing(twice, tool).run().output == {"value": ["from A", "from A", None]}
+
+
+# ---- tools from a schema
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "rows": {"type": "array", "items": {"type": "object", "properties": {"price": {"type": "number"}}}},
+        "note": {"type": "object", "additionalProperties": {"type": "string"}},
+        "usd": {"type": "number", "maximum": 100},
+    },
+    "required": ["usd"],
+}
+MISFITS = {
+    "missing": ({}, "'usd' is a required property"),
+    "over": ({"usd": 101}, "greater than the maximum of 100"),
+    "not a number": ({"usd": float("nan")}, "NaN or infinite"),
+    "infinite inside": ({"usd": 1, "rows": [{"price": float("inf")}]}, "NaN or infinite"),
+    "extra": ({"usd": 1, "to": "me"}, "'to' was unexpected"),
+    "extra inside": ({"usd": 1, "rows": [{"price": 1, "discount": 1}]}, "'discount' was unexpected"),
+    "another type": ({"usd": "1"}, "'1' is not of type 'number'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISFITS.values(), ids=MISFITS.keys())
+def test_a_tool_from_a_json_schema_is_as_strict_as_a_typed_one(arguments: dict[str, Any], message: str) -> None:
+    tool = ak.Tool.from_schema("pay", "Pay.", SCHEMA, lambda **values: CALLS.append(values), permission="write")
+    with pytest.raises(UsageError, match=message):
+        tool.validate(arguments)
+    record = using(tool, arguments=arguments)
+    assert (record.state, CALLS) == ("FAILED", [])
+
+
+def test_a_tool_from_a_json_schema_runs_like_any_other() -> None:
+    tool = ak.Tool.from_schema("pay", "Pay.", SCHEMA, lambda **values: values, permission="write", human_at={"usd": 50})
+    arguments = {"usd": 5, "rows": [{"price": 1.5}], "note": {"any": "thing"}}
+    assert using(tool, arguments=arguments).output == {"value": arguments}
+    assert using(tool, arguments={"usd": 50}).output == {"value": None}
+    assert tool.spec()["arguments"] == SCHEMA
+    with pytest.raises(UsageError, match="no valid JSON schema"):
+        ak.Tool.from_schema("pay", "Pay.", {"type": "nonsense"}, print)
+    with pytest.raises(UsageError, match=r"human_at names \['eur'\]"):
+        ak.Tool.from_schema("pay", "Pay.", SCHEMA, print, permission="write", human_at={"eur": 1})

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from agentkit.errors import AgentkitError, UsageError
-from agentkit_pipelines import budget_cli, data_cli, gate_cli, incident_cli, terminal, tools_cli, trust_cli
+from agentkit_pipelines import (
+    approvals_cli,
+    budget_cli,
+    control_cli,
+    data_cli,
+    gate_cli,
+    incident_cli,
+    terminal,
+    tools_cli,
+    trust_cli,
+)
 from agentkit_pipelines.gate_cli import CRASH, OK, MaxUsd, Reference, Trusted, Workers, exit_code, fail
 
 app = typer.Typer(
@@ -23,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+app.add_typer(approvals_cli.approvals_app, name="approvals")
 app.add_typer(budget_cli.budget_app, name="budget")
 app.add_typer(data_cli.data_app, name="data")
 app.add_typer(trust_cli.keys_app, name="keys")
@@ -87,14 +98,20 @@ def run(
     approve: Annotated[
         bool, typer.Option("--approve", help="ask here where a person has to decide (else: rejected)")
     ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="wait for a decision by `agentkit approvals` or its page, up to a day")
+    ] = False,
+    user: Annotated[str | None, typer.Option(help="on whose behalf: for checks and budgets per user")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the whole record as JSON")] = False,
     trust: Trusted = False,
 ) -> None:
     """Run once and show route, steps, decision, cost, latency and the trace."""
     from contextlib import nullcontext
 
+    from agentkit.callers import acting_for
     from agentkit.systems import approve_with
     from agentkit_tracking import loading, source
+    from agentkit_tracking.control.approvals import desk_approver
 
     os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
@@ -105,7 +122,10 @@ def run(
     for name in sorted(required - inputs.keys()):
         inputs[name] = ""  # a quick try from the shell; an unknown customer, say
         fail(f"no {name} given, running with an empty one; give it with -i {name}=…")
-    with approve_with(_ask) if approve else nullcontext():
+    if approve and wait:
+        raise UsageError("--approve asks here, --wait waits for somebody else; choose one")
+    approver = _ask if approve else desk_approver() if wait else None
+    with acting_for(user) if user else nullcontext(), approve_with(approver) if approver else nullcontext():
         record = system.run(**inputs)
     if as_json:
         print(record.to_json().decode())
@@ -282,6 +302,8 @@ app.command()(trust_cli.verify)
 app.command()(trust_cli.reproduce)
 
 
+app.command()(control_cli.stop)
+app.command()(control_cli.resume)
 app.command()(incident_cli.explain)
 app.command()(incident_cli.replay)
 
