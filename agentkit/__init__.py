@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from agentkit import metrics
+    from agentkit import mcp, metrics, testing
     from agentkit.agents import Agent
     from agentkit.approvals import ApprovalRequest, Decision
     from agentkit.autonomy import Autonomy
@@ -56,6 +56,7 @@ _HOME = {
     "read_examples": "examples",
     "tool": "tools",
 }
+_MODULES = ("mcp", "metrics", "testing")
 __all__ = [
     "Agent",
     "AgentkitError",
@@ -81,8 +82,10 @@ __all__ = [
     "intercept",
     "keep_cases",
     "lint_tools",
+    "mcp",
     "metrics",
     "read_examples",
+    "testing",
     "tool",
 ]
 __version__ = "0.1.0"
@@ -90,8 +93,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use: dspy and scikit-learn take seconds (PEP 562)."""
-    if name == "metrics":
-        return import_module("agentkit.metrics")
+    if name in _MODULES:
+        return import_module(f"agentkit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'agentkit' has no attribute {name!r}")
     value = getattr(import_module(f"agentkit.{_HOME[name]}"), name)

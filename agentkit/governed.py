@@ -184,6 +184,10 @@ def _make(run: Run, tool: AnyTool, values: Values) -> Any:
             if effect is not None and not e.unknown:
                 effect["outcome"] = "failed"
             raise
+        except PolicyRefused:  # by the tool itself, which sent nothing
+            if effect is not None:
+                effect["outcome"] = "failed"
+            raise
         step.outputs = jsonable(result)
     if effect is not None:
         effect["outcome"] = "done"

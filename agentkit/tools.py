@@ -127,11 +127,18 @@ class Tool(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         run = current_run()
-        bound = inspect.signature(self.function).bind(*args, **kwargs).arguments
+        bound = self._bind(*args, **kwargs)
         if run is None:
             return self.invoke(self.validate(bound), key="")
         result: R = run.call(self, **bound)
         return result
+
+    def _bind(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if isinstance(self._arguments, TypedArguments):
+            return inspect.signature(self.function).bind(*args, **kwargs).arguments
+        if args:
+            raise UsageError(f"tool {self.name!r} takes its arguments by name")
+        return kwargs
 
     def invoke(self, arguments: dict[str, Any], *, key: str) -> R:
         """Run the function itself, unguarded, with arguments from `validate`; `key` is its idempotency key."""
@@ -233,12 +240,19 @@ class SchemaArguments(Arguments):
 
     def __init__(self, parameters: dict[str, Any]) -> None:
         from jsonschema import Draft202012Validator, SchemaError
+        from referencing import Registry
 
         try:
             Draft202012Validator.check_schema(parameters)
         except SchemaError as e:
             raise UsageError(f"the tool's parameters are no valid JSON schema: {e.message}") from e
-        self._schema, self._validator = parameters, Draft202012Validator(_closed(parameters))
+        self._schema, self._validator = (
+            parameters,
+            Draft202012Validator(
+                _closed(parameters),
+                registry=Registry(),  # jsonschema's own would fetch what a $ref points to
+            ),
+        )
         self.names = frozenset(parameters.get("properties", {}))
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any]:

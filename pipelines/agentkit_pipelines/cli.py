@@ -17,6 +17,7 @@ from agentkit_pipelines import (
     data_cli,
     gate_cli,
     incident_cli,
+    mcp_cli,
     terminal,
     tools_cli,
     trust_cli,
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.add_typer(approvals_cli.approvals_app, name="approvals")
 app.add_typer(budget_cli.budget_app, name="budget")
 app.add_typer(data_cli.data_app, name="data")
+app.add_typer(mcp_cli.mcp_app, name="mcp")
 app.add_typer(trust_cli.keys_app, name="keys")
 
 
