@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -24,6 +26,23 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "support_triage.py"
 DATA = ROOT / "data" / "support"
 sys.path.insert(0, str(ROOT / "notebooks"))
+
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def not_here(what: str) -> NoReturn:
+    """Skip for want of a program; in CI, which must have them all, fail: what is skipped there nobody sees."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what, pytrace=False)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> None:
+    """Headless Chromium is here; asked for first, before a server is started for it."""
+    if not (CHROMIUM and DRIVER):
+        not_here("needs Debian's chromium and chromium-driver")
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
+from conftest import not_here
 from servers import free_port
 
 
@@ -28,12 +28,12 @@ def postgresql() -> Iterator[str]:
     """
     programs = binaries()
     if programs is None:
-        pytest.skip("needs Debian's package postgresql: no initdb below /usr/lib/postgresql")
+        not_here("needs Debian's package postgresql: no initdb below /usr/lib/postgresql")
     as_user: list[str] = []
     folder = Path(tempfile.mkdtemp(prefix="agentkit-postgres-"))
     if os.geteuid() == 0:
         if shutil.which("runuser") is None:
-            pytest.skip("needs runuser, to run PostgreSQL as another user than root")
+            not_here("needs runuser, to run PostgreSQL as another user than root")
         as_user = ["runuser", "-u", "postgres", "--"]
         shutil.chown(folder, "postgres")
     port = free_port()

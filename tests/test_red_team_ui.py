@@ -13,14 +13,15 @@ from typing import Any
 
 import evidence
 import pytest
+from conftest import CHROMIUM, DRIVER
 from evidence import Store
 from servers import free_port
-from test_ui import CHROMIUM, DRIVER, FLAGS, wait_for
+from test_ui import FLAGS, wait_for
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
+    pytest.mark.usefixtures("chromium"),
 ]
 SHOTS = os.environ.get("AGENTKIT_SHOTS")  # a folder for screenshots
 TABLES = (
