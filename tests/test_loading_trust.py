@@ -189,6 +189,19 @@ EVIDENCE_OF_NOTHING = json.dumps(
 )
 
 
+def test_a_list_says_which_verdicts_are_proven(store: Store) -> None:
+    """On a plain server anybody may write the tag."""
+    put(store, "agentkit.last_verdict", "pass", 3)
+    put(store, "agentkit.last_verdict", "fail", 2)
+    put(store, "agentkit.last_verdict", None, 1)
+    rows = [line.split("│") for line in agentkit("list").out.splitlines() if "colours/" in line]
+    assert [row[4].strip() for row in rows] == ["none (unproven)", "fail (unproven)", "pass (unproven)"]
+    put(store, "agentkit.last_verdict", "pass", 2)
+    assert agentkit("list").out.count("unproven") == 2
+    trusting(store, keys=[])
+    assert agentkit("list").out.count("unproven") == 3
+
+
 # ---- what the trust file may ask for
 
 

@@ -199,7 +199,7 @@ def batch(
 
 @app.command("list")
 def list_(system: Annotated[str | None, typer.Argument(help="name; all systems without it")] = None) -> None:
-    """List systems and their versions with aliases and last verdicts."""
+    """List systems and their versions with aliases and last verdicts; what no trusted key signed is unproven."""
     from datetime import datetime
 
     from rich.table import Table
@@ -214,7 +214,7 @@ def list_(system: Annotated[str | None, typer.Argument(help="name; all systems w
                 str(v),
                 v.release_id[:12],
                 ", ".join(v.aliases),
-                tags.get("agentkit.last_verdict", ""),
+                _verdict(v),
                 tags.get("agentkit.author", ""),
                 tags.get("agentkit.git_commit", "")[:9],
                 datetime.fromtimestamp(v.created_at).strftime("%Y-%m-%d %H:%M"),
@@ -224,6 +224,15 @@ def list_(system: Annotated[str | None, typer.Argument(help="name; all systems w
             f"nothing is registered{f' as {system!r}' if system else ''}; begin with `agentkit register FILE.py`"
         )
     terminal.console().print(table)
+
+
+def _verdict(version: Any) -> str:
+    """The verdict in a signed evaluation; the tag that shows it, anybody may write on a plain server."""
+    from agentkit_tracking.production import evaluation_check
+    from agentkit_tracking.rules import VERDICT
+
+    shown = str((version.tags or {}).get(VERDICT, ""))
+    return f"{shown or 'none'} (unproven)" if evaluation_check(version).problem else shown
 
 
 @app.command()
