@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -197,6 +198,7 @@ def _run_cells(name: str, parameters: Mapping[str, Any], output: Path, *_: Any) 
     display = types.SimpleNamespace(display=lambda *_: None)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setitem(sys.modules, "IPython.display", display)
+        patch.setattr(gc, "freeze", lambda: None)  # which suits a process that is about to end
         scope: dict[str, Any] = {}
         for cell in notebook["cells"]:
             text = "".join(cell["source"])
