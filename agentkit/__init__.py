@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from agentkit.agents import Agent
     from agentkit.approvals import ApprovalRequest, Decision
     from agentkit.autonomy import Autonomy
+    from agentkit.blackboard import Blackboard
     from agentkit.budget import Budget, Ledger
     from agentkit.callers import acting_for
     from agentkit.calls import intercept
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from agentkit.errors import AgentkitError
     from agentkit.example_tables import keep_cases
     from agentkit.examples import Example, read_examples
+    from agentkit.flows import Edge, sequence
     from agentkit.models import build_lm
+    from agentkit.orchestration import Orchestrator, Verdict, VerificationFailed
+    from agentkit.planning import Planner
     from agentkit.records import RunRecord
     from agentkit.runs import Run
     from agentkit.sinks import add_sink
@@ -33,15 +37,21 @@ _HOME = {
     "AgentkitError": "errors",
     "ApprovalRequest": "approvals",
     "Autonomy": "autonomy",
+    "Blackboard": "blackboard",
     "Budget": "budget",
     "Decision": "approvals",
+    "Edge": "flows",
     "Example": "examples",
     "Ledger": "budget",
+    "Orchestrator": "orchestration",
+    "Planner": "planning",
     "Run": "runs",
     "RunRecord": "records",
     "State": "states",
     "System": "systems",
     "Tool": "tools",
+    "Verdict": "orchestration",
+    "VerificationFailed": "orchestration",
     "Weights": "embedded",
     "acting_for": "callers",
     "add_sink": "sinks",
@@ -54,6 +64,7 @@ _HOME = {
     "keep_cases": "example_tables",
     "lint_tools": "tool_lint",
     "read_examples": "examples",
+    "sequence": "flows",
     "tool": "tools",
 }
 _MODULES = ("mcp", "metrics", "testing")
@@ -62,15 +73,21 @@ __all__ = [
     "AgentkitError",
     "ApprovalRequest",
     "Autonomy",
+    "Blackboard",
     "Budget",
     "Decision",
+    "Edge",
     "Example",
     "Ledger",
+    "Orchestrator",
+    "Planner",
     "Run",
     "RunRecord",
     "State",
     "System",
     "Tool",
+    "Verdict",
+    "VerificationFailed",
     "Weights",
     "acting_for",
     "add_sink",
@@ -85,6 +102,7 @@ __all__ = [
     "mcp",
     "metrics",
     "read_examples",
+    "sequence",
     "testing",
     "tool",
 ]

@@ -10,6 +10,8 @@ AgentkitError
 │   ├── TrustError        no valid signature stands behind it, or what was signed is no longer what is stored
 │   └── UnknownReference  nothing is registered under the reference (a UsageError, too)
 ├── IllegalTransition     a run tried to go where the transition table does not lead
+├── VerificationFailed    a verifier said no to an orchestrator's result (in orchestration.py)
+├── NothingFound          no agent of an orchestration brought anything back (in orchestration.py)
 ├── ToolFailed            a tool raised, hung, or returned what it must not; goes back to the model as data
 └── Refusal               a rule stopped the run; never handed to the model as text
     ├── PermissionDenied  the tool is not in the agent's inventory, or is forbidden

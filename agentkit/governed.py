@@ -86,7 +86,7 @@ def _check(run: Run, tool: AnyTool, values: Values) -> None:
     if reason is not None:
         _deny(run, tool, values, PolicyRefused(tool.name, reason))
     if tool.writes_to is not None:
-        conflict = run.claims.take(tool.writes_to, values.get(tool.writes_to), run.agent or "")
+        conflict = run.claims.take(tool.writes_to, values.get(tool.writes_to), "/".join((*run.chain, run.agent or "")))
         if conflict is not None:
             _deny(run, tool, values, conflict)
 

@@ -65,13 +65,13 @@ class RunRecord:
     tokens_in: int
     tokens_out: int
     usd: float
+    steps: list[Step] = field(default_factory=list)
     parent: str | None = None
     user_hash: str | None = None
     session: str | None = None
     stage: str = "draft"
     degraded: str | None = None
     partial: dict[str, Any] | None = None
-    steps: list[Step] = field(default_factory=list)
     result: Any = field(default=None, compare=False)  # the typed object; not stored
 
     def to_json(self) -> bytes:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from agentkit import clock
@@ -175,10 +176,23 @@ class Run:
         if plane is not None and self.kind not in REHEARSALS:
             plane.notify(Notice(kind, self.run_id, self.system, text, details))
 
+    def absorb(self) -> None:
+        """Add what this run has done so far to its parent's record, whose totals then count it."""
+        assert self.parent is not None
+        later = self._t0 - self.parent._t0
+        self.parent.steps += [
+            replace(step, started=step.started + later, agent=step.agent or self.route or self.system)
+            for step in tuple(self.steps)
+            if step.kind != "transition"  # those are of another state machine
+        ]
+        self.parent.effects += [dict(effect) for effect in self.effects]
+
     # ---- rules
 
     def heed(self, tool: str | None = None) -> None:
         """Raise what forbids going on (with `tool`): an earlier refusal, a stop, a try that has been given up."""
+        if self.parent is not None:
+            self.parent.heed()  # what ends the caller ends whom it called
         # Code around a call may catch everything (dspy.ReAct does); a refused run ends all the same.
         if self._refusal is not None:
             raise self._refusal
@@ -196,8 +210,9 @@ class Run:
             clock.sleep(min(left, _STOP_POLL_S))
 
     def budget_used(self) -> float:
-        """The largest used share of any limit, of the run or of the day."""
-        return max(ledger.share[0] for ledger in (self.ledger, *self._daily))
+        """The largest used share of any limit, of the run, of whoever called it, or of the day."""
+        above = 0.0 if self.parent is None else self.parent.budget_used()
+        return max(above, *(ledger.share[0] for ledger in (self.ledger, *self._daily)))
 
     def reserve(self, **amounts: float) -> None:
         """Set amounts aside in the budget, unless something forbids going on; either refusal ends the run."""

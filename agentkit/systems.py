@@ -195,6 +195,9 @@ class System(dspy.Module):  # type: ignore[misc]
         self._check_inputs(inputs)
         self._meter()
         lm = self.lm  # built before the clock starts
+        caller_run = current_run()
+        if caller_run is not None:  # a part of that run, an evaluation say
+            kind = caller_run.kind
         run = Run(
             self.name,
             inputs,
@@ -204,12 +207,14 @@ class System(dspy.Module):  # type: ignore[misc]
             kind=kind,
             approver=_approver.get(),
             autonomy=self.autonomy,
-            stage=self.stage,
+            stage=caller_run.stage if caller_run is not None else self.stage,
             daily=self._ledgers_of_the_day(kind),
-            parent=current_run(),  # a system called by an agent spends its caller's budget
+            parent=caller_run,  # whose budget it spends
         )
         with dspy.context(lm=lm, **{DSPY_SETTING: run}):
             record, error = run.carry_out(lambda r: self.work(r, inputs))
+        if caller_run is not None:
+            run.absorb()
         emit(record)
         return record, error
 

@@ -478,7 +478,8 @@ def _():
     mo.md(r"""
     ## See it work
 
-    The state machine every run goes through, drawn from its transition table, and who may use which tool.
+    The state machine every run goes through, drawn from its transition table; who may use which tool; and which calls an
+    agent makes alone (tier 1), which people are told of (2), and which wait for a person (3).
     """)
     return
 
@@ -491,19 +492,13 @@ def _():
 
 @app.cell
 def _():
-    _spec = system().spec()
-    mo.ui.table(
-        [
-            {
-                "tool": name,
-                "permission": tool["permission"],
-                "a person decides from": ", ".join(f"{k} {v:.2f}" for k, v in tool["human_at"].items()),
-                **{agent: "✓" if name in spec["tools"] else "" for agent, spec in _spec["agents"].items()},
-            }
-            for name, tool in _spec["tools"].items()
-        ],
-        selection=None,
-    )
+    mo.ui.table(system().permissions(), selection=None)
+    return
+
+
+@app.cell
+def _():
+    mo.ui.table(system().autonomy.rows(), selection=None)
     return
 
 

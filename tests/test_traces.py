@@ -129,7 +129,7 @@ def test_a_run_is_one_trace_with_its_phases_and_the_calls_in_them(kept: dict[str
         "": [("shop", "AGENT")],
         "shop": [("PLANNING", "CHAIN"), ("EXECUTING", "CHAIN"), ("REFLECTING", "CHAIN")],
         "PLANNING": [("embedded/default", "CHAT_MODEL")],
-        "EXECUTING": [("pay", "TOOL")],
+        "EXECUTING": [("tier of pay", "CHAIN"), ("pay", "TOOL")],
         "REFLECTING": [("action", "CHAIN")],
     }
     root, spans = trace.data.spans[0], {span.name: span for span in trace.data.spans}
@@ -165,7 +165,7 @@ def test_a_failed_run_is_an_error_trace_that_shows_where(kept: dict[str, Kept]) 
     record, trace = kept["failed"]
     states = {span.name: span.status.status_code for span in trace.data.spans}
     assert trace.info.state == "ERROR"
-    assert states == {"shop": "ERROR", "PLANNING": "OK", "embedded/default": "OK", "EXECUTING": "ERROR"}
+    assert states == {"shop": "ERROR", "PLANNING": "OK", "embedded/default": "OK", "EXECUTING": "ERROR", "pay": "ERROR"}
     assert trace.data.spans[0].outputs == {"error": record.error}
 
 

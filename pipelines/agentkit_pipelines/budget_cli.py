@@ -86,7 +86,7 @@ def logged(system: str, days: int) -> pl.DataFrame:
 
     columns = ", ".join(name for name in AMOUNTS if name != "seconds")
     runs = RunLog().sql(
-        f"SELECT {columns}, seconds - coalesce(waited_s, 0) AS seconds FROM runs WHERE system = ? AND state = 'DONE' "
+        f"SELECT {columns}, seconds - coalesce(waited_s, 0) AS seconds FROM runs WHERE system = ? AND state = 'DONE' AND parent IS NULL "
         "AND kind NOT IN ('replay', 'chaos') AND started_at >= now() - to_days(CAST(? AS INTEGER))",
         [system, days],
     )

@@ -292,7 +292,10 @@ def log(
     query: Annotated[str | None, typer.Argument(help="SQL on the views `runs` and `steps` (DuckDB)")] = None,
     limit: Annotated[int, typer.Option(min=1, help="rows without a query")] = 20,
 ) -> None:
-    """Query the run log, e.g. `agentkit log "SELECT route, count(*), sum(usd) FROM runs GROUP BY route"`."""
+    """Query the run log, e.g. `agentkit log "SELECT route, count(*), sum(usd) FROM runs GROUP BY route"`.
+
+    A run's figures include those of the runs it called; sum over `parent IS NULL`.
+    """
     from rich.table import Table
 
     from agentkit_tracking.runlog import RunLog

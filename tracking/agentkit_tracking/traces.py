@@ -26,11 +26,12 @@ _SPAN_TYPES = {"model": "CHAT_MODEL", "tool": "TOOL", "approval": "TOOL", "decis
 def write(record: RunRecord) -> None:
     """The sink agentkit calls for every finished run; `AGENTKIT_TRACES=off` turns it off.
 
-    Evaluation runs are logged in bulk with their evaluation, not trace by trace. A store that fails costs a warning
+    Evaluation runs are logged in bulk with their evaluation, not trace by trace; the trace of a run holds those of the
+    systems and agents it called. A store that fails costs a warning
     and the trace: the run is over, its effects are done, and the run log has it.
     """
     global _paused_until
-    if record.kind == "evaluation" or os.environ.get("AGENTKIT_TRACES", "on").lower() in ("off", "0", "false"):
+    if record.kind == "evaluation" or record.parent is not None or os.environ.get("AGENTKIT_TRACES", "on").lower() in ("off", "0", "false"):
         return
     if time.monotonic() < _paused_until:
         return
