@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from agentkit.budget import Budget, Ledger
     from agentkit.callers import acting_for
     from agentkit.calls import intercept
+    from agentkit.cassettes import cassette
     from agentkit.embedded import Weights, fit
     from agentkit.errors import AgentkitError
     from agentkit.example_tables import keep_cases
@@ -58,6 +59,7 @@ _HOME = {
     "adopt": "systems",
     "approve_with": "systems",
     "build_lm": "models",
+    "cassette": "cassettes",
     "diagram": "states",
     "fit": "embedded",
     "intercept": "calls",
@@ -94,6 +96,7 @@ __all__ = [
     "adopt",
     "approve_with",
     "build_lm",
+    "cassette",
     "diagram",
     "fit",
     "intercept",

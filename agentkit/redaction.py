@@ -1,45 +1,56 @@
-"""Takes secrets, and the plainest personal data, out of texts that are kept.
+"""Takes secrets and personal data out of what people see or what is kept, as far as patterns can tell.
 
-Patterns, no more: what does not look like a key stays, and of personal data only e-mail addresses and card numbers are
-known. A recording of real people's data is still personal data.
+What does not look like a key stays, and of personal data only e-mail addresses, cards, accounts and telephone numbers are
+known, no names: text that has gone through here is still to be handled as personal data.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
-_SECRETS = re.compile(
+_KEY = re.compile(
     r"""
       (?P<pem>-----BEGIN\ [A-Z ]*PRIVATE\ KEY-----.*?-----END\ [A-Z ]*PRIVATE\ KEY-----)
     | (?P<jwt>\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})
     | (?P<token>\b(?:sk|pk|rk|gsk|xai|hf|ghp|gho|ghs|glpat|xox[abprs]|AIza|AKIA|ASIA|ya29)[-_.]?[A-Za-z0-9_\-.]{12,})
-    | (?P<scheme>(?i:\b(?:bearer|basic)\s+))(?P<credential>[A-Za-z0-9+/_\-.=]{12,})
-    | (?P<name>(?i:\b(?:api[-_ ]?key|secret|password|passwd|token|authorization)\b["']?\s*[:=]\s*["']?))
-      (?P<value>[^\s"',;}]{6,})
+    | (?P<scheme>(?i:\b(?:bearer|basic)\ +))(?P<credential>[A-Za-z0-9+/_\-.=]{12,})
+    | (?P<name>(?i:\b(?:api[-_ ]?key|secret|password|passwd|token)\b["']?\ *[:=]\ *["']?))(?P<value>[^\s"',;}\[]{6,})
     """,
     re.VERBOSE | re.DOTALL,
 )
-_EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]*\w")
-_DIGITS = re.compile(r"\b\d(?:[ -]?\d){12,18}\b")
+_PERSONAL = (
+    (re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]*\w"), "[e-mail]"),
+    (re.compile(r"\b[A-Z]{2}[0-9]{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), "[account]"),
+    (re.compile(r"\+[0-9](?:[ -]?[0-9]){6,14}\b|\(0[0-9]{1,5}\) ?[0-9](?:[ -]?[0-9]){4,9}\b"), "[telephone]"),
+)
+_DIGITS = re.compile(r"\b[0-9](?:[ -]?[0-9]){12,18}\b")
+
+
+def redact(value: Any) -> Any:
+    """`value`, the data inside it included, without what looks like a secret or like personal data; keys stay."""
+    return _map(value, _clean)
 
 
 def without_secrets(value: Any) -> Any:
-    """JSON-able `value` with everything that looks like a key, token or password replaced."""
-    return _map(value, lambda text: _SECRETS.sub(_keep_the_name, text))
+    """As `redact`, but only without keys, tokens and passwords."""
+    return _map(value, _without_keys)
 
 
-def without_personal_data(value: Any) -> Any:
-    """As `without_secrets`, and without e-mail addresses and card numbers."""
-    return _map(without_secrets(value), lambda text: _DIGITS.sub(_card, _EMAIL.sub("[EMAIL]", text)))
+def _clean(text: str) -> str:
+    text = _DIGITS.sub(_card, _without_keys(text))
+    for pattern, label in _PERSONAL:
+        text = pattern.sub(label, text)
+    return text
 
 
-def _keep_the_name(found: re.Match[str]) -> str:
-    return f"{found['scheme'] or found['name'] or ''}[SECRET]"
+def _without_keys(text: str) -> str:
+    return _KEY.sub(lambda found: f"{found['scheme'] or found['name'] or ''}[key]", text)
 
 
 def _card(found: re.Match[str]) -> str:
-    return "[CARD]" if _passes_luhn(re.sub(r"\D", "", found[0])) else found[0]
+    return "[card]" if _passes_luhn(re.sub(r"[ -]", "", found[0])) else found[0]
 
 
 def _passes_luhn(digits: str) -> bool:
@@ -48,11 +59,11 @@ def _passes_luhn(digits: str) -> bool:
     return sum(d - 9 if d > 9 else d for d in doubled) % 10 == 0
 
 
-def _map(value: Any, change: Any) -> Any:
+def _map(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_map(item, change) for item in value]
     return value

@@ -260,7 +260,7 @@ class Run:
         return self._finish(result, error), error
 
     def _finish(self, result: Any, error: BaseException | None) -> RunRecord:
-        models = [s for s in self.steps if s.kind == "model"]
+        models = [s for s in self.steps if s.kind == "model" and not s.cached]
         output = jsonable(result) if error is None else None
         return RunRecord(
             run_id=self.run_id,

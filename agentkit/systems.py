@@ -23,6 +23,7 @@ from agentkit.current import DSPY_SETTING, current_run
 from agentkit.errors import ModelError, SourceError, UsageError
 from agentkit.models import MeteredLM, build_lm, metered
 from agentkit.records import RunRecord
+from agentkit.repair import repairing
 from agentkit.runs import REHEARSALS, Run
 from agentkit.sinks import emit
 from agentkit.states import State
@@ -211,7 +212,7 @@ class System(dspy.Module):  # type: ignore[misc]
             daily=self._ledgers_of_the_day(kind),
             parent=caller_run,  # whose budget it spends
         )
-        with dspy.context(lm=lm, **{DSPY_SETTING: run}):
+        with dspy.context(lm=lm, adapter=repairing(dspy.settings.adapter), **{DSPY_SETTING: run}):
             record, error = run.carry_out(lambda r: self.work(r, inputs))
         if caller_run is not None:
             run.absorb()

@@ -30,16 +30,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import unquote
 
-from agentkit.errors import DataError
+from agentkit.tool_schemas import Place, ToolSchema, alternatives, places_of, resolve, schema_problems, words_of
 
 if TYPE_CHECKING:
     from agentkit.systems import System
     from agentkit.tools import Tool
+
+__all__ = ["Finding", "Rule", "Severity", "ToolSchema", "lint", "lint_tools"]
 
 Severity = Literal["error", "warning", "note"]
 Rule = Literal[
@@ -63,74 +63,6 @@ Rule = Literal[
 ERRORS: frozenset[Rule] = frozenset({"invalid-schema", "required-unknown", "duplicate-name"})
 NOTES: frozenset[Rule] = frozenset({"unbounded-count"})
 OVERLAP = 0.8  # cosine similarity; the two pairs it finds in BFCL and tau-bench share their whole text
-MAX_DEPTH = 12  # of nested schemas; nothing a model is asked to fill in goes deeper
-
-
-@dataclass(frozen=True)
-class ToolSchema:
-    """A tool as a model sees it: `parameters` is a JSON schema of an object; `permission` is None where unknown."""
-
-    name: str
-    description: str
-    parameters: Any
-    permission: str | None = None
-
-    @classmethod
-    def from_tool(cls, tool: Tool[..., Any]) -> ToolSchema:
-        """Of a tool made with `ak.tool`."""
-        return cls.from_spec(tool.spec())
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> ToolSchema:
-        """Of a tool as `Tool.spec` and a release's manifest describe it."""
-        return cls(*_name_and_text(spec), spec.get("arguments", {}), spec.get("permission"))
-
-    @classmethod
-    def from_openai(cls, raw: Mapping[str, Any]) -> ToolSchema:
-        """Of `{"type": "function", "function": {…}}`, or of the function alone."""
-        function = raw.get("function", raw)
-        if not isinstance(function, Mapping):
-            raise DataError(f"a tool's `function` is an object with a name and parameters, got {function!r:.80}")
-        return cls(*_name_and_text(function), function.get("parameters", {}))
-
-    @classmethod
-    def from_bfcl(cls, raw: Mapping[str, Any]) -> ToolSchema:
-        """Of a function document of BFCL, whose types are those of Python, Java or JavaScript."""
-        return cls(*_name_and_text(raw), _from_dialect(raw.get("parameters", {})))
-
-    @classmethod
-    def from_mcp(cls, raw: Mapping[str, Any]) -> ToolSchema:
-        """Of a tool that an MCP server lists; its hint says whether it only reads."""
-        hints = raw.get("annotations")
-        reads = hints.get("readOnlyHint") if isinstance(hints, Mapping) else None
-        permission = {True: "read", False: "write"}.get(reads) if isinstance(reads, bool) else None
-        return cls(*_name_and_text(raw), raw.get("inputSchema", {}), permission)
-
-    @classmethod
-    def from_json(cls, raw: Any) -> ToolSchema:
-        """Of any of these, told apart by their keys.
-
-        Raises:
-            DataError: it is none of them, or has no name.
-        """
-        if not isinstance(raw, Mapping):
-            raise DataError(f"a tool's schema is an object with a name and parameters, got {raw!r:.80}")
-        if isinstance(raw.get("function"), Mapping):
-            return cls.from_openai(raw)
-        if "inputSchema" in raw:
-            return cls.from_mcp(raw)
-        if "arguments" in raw:
-            return cls.from_spec(raw)
-        parameters = raw.get("parameters")
-        bfcl = isinstance(parameters, Mapping) and parameters.get("type") == "dict"
-        return cls.from_bfcl(raw) if bfcl else cls.from_openai(raw)
-
-
-def _name_and_text(raw: Mapping[str, Any]) -> tuple[str, str]:
-    name, text = raw.get("name"), raw.get("description")
-    if not isinstance(name, str) or not name.strip():
-        raise DataError(f"a tool needs a name, got {name!r} in {dict(raw)!r:.120}")
-    return name, text if isinstance(text, str) else ""
 
 
 @dataclass(frozen=True)
@@ -164,11 +96,13 @@ def lint(schemas: Sequence[ToolSchema]) -> list[Finding]:
     readable: list[ToolSchema] = []
     for tool in schemas:
         found += [Finding(rule, tool.name, where, message) for rule, where, message in _tool_rules(tool)]
-        problems = [Finding("invalid-schema", tool.name, where, what) for where, what in _problems(tool.parameters)]
+        problems = [
+            Finding("invalid-schema", tool.name, where, what) for where, what in schema_problems(tool.parameters)
+        ]
         found += problems
         if not problems:  # what the other rules said of a broken schema would be guesswork
             readable.append(tool)
-            places = list(_places(tool))
+            places = list(places_of(tool))
             found += [Finding(rule, tool.name, p.path, what) for p in places for rule, what in _place_rules(p)]
             found += [Finding("missing-description", tool.name, at, what) for at, what in _undescribed(places)]
     return [*found, *_duplicate_names(schemas), *_overlaps(schemas), *_type_conflicts(readable)]
@@ -176,191 +110,6 @@ def lint(schemas: Sequence[ToolSchema]) -> list[Finding]:
 
 def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
-
-
-# ---- reading a schema
-
-
-_DIALECT = {
-    **dict.fromkeys(("dict", "hashmap", "map"), "object"),
-    **dict.fromkeys(("float", "double"), "number"),
-    **dict.fromkeys(("long", "short", "byte", "bigint"), "integer"),
-    **dict.fromkeys(("tuple", "list", "arraylist", "set", "queue"), "array"),
-    **dict.fromkeys(("char", "str"), "string"),
-    "bool": "boolean",
-}
-_TYPES = ["array", "boolean", "integer", "null", "number", "object", "string"]
-
-
-def _from_dialect(schema: Any) -> Any:
-    """The same schema in JSON schema's own types; `any` becomes all of them, an unknown type stays what it is."""
-    if not isinstance(schema, Mapping):
-        return schema
-    made = dict(schema)
-    if isinstance(name := made.get("type"), str):
-        lower = name.lower()
-        made["type"] = _TYPES if lower == "any" else _DIALECT.get(lower, lower if lower in _TYPES else name)
-    if isinstance(properties := made.get("properties"), Mapping):
-        made["properties"] = {k: _from_dialect(v) for k, v in properties.items()}
-    if "items" in made:
-        made["items"] = _from_dialect(made["items"])
-    return made
-
-
-@cache
-def _meta_schema() -> Any:
-    from jsonschema import Draft202012Validator
-
-    return Draft202012Validator(Draft202012Validator.META_SCHEMA)
-
-
-def _problems(schema: Any) -> Iterator[tuple[str, str]]:
-    """(where, message) of what makes it no JSON schema of an object."""
-    from jsonschema.exceptions import best_match
-
-    if not isinstance(schema, Mapping):
-        yield "arguments", f"the parameters are {schema!r:.60}; give a JSON schema of an object"
-        return
-    try:
-        error = best_match(_meta_schema().iter_errors(schema))
-        refs = sorted(_refs(schema))
-    except RecursionError:
-        yield "arguments", "the schema is nested too deep to be read; flatten it"
-        return
-    if error:
-        yield _dotted(error.absolute_path), f"no valid JSON schema: {error.message:.120}"
-    elif lost := [ref for ref in refs if not isinstance(_target(ref, schema), Mapping | bool)]:
-        yield "arguments", f"$ref {lost[0]!r} leads to no schema; define it here and point to it with #/$defs/NAME"
-    elif (kind := _resolve(schema, schema).get("type", "object")) != "object":
-        yield "arguments", f"a tool's parameters are the properties of an object, but the type is {kind!r:.60}"
-
-
-def _dotted(path: Iterable[Any]) -> str:
-    return ".".join(["arguments", *(str(p) for p in path if p != "properties")])
-
-
-_DATA = ("default", "const", "enum", "examples")  # these hold values, not schemas
-
-
-def _refs(schema: Any) -> set[str]:
-    if isinstance(schema, list):
-        return {ref for one in schema for ref in _refs(one)}
-    if not isinstance(schema, Mapping):
-        return set()
-    own = schema.get("$ref")
-    inner = {ref for key, one in schema.items() if key not in _DATA for ref in _refs(one)}
-    return inner | ({own} if isinstance(own, str) else set())
-
-
-def _target(ref: str, root: Mapping[str, Any]) -> Any:
-    """What a JSON pointer inside the document leads to, or None."""
-    if ref != "#" and not ref.startswith("#/"):
-        return None
-    found: Any = root
-    for part in unquote(ref).split("/")[1:]:
-        key = part.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list):
-            found = found[int(key)] if key.isdecimal() and int(key) < len(found) else None
-        else:
-            found = found.get(key) if isinstance(found, Mapping) else None
-    return found
-
-
-def _resolve(schema: Any, root: Mapping[str, Any], seen: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The schema with `$ref`, `allOf` and "or null" folded in; what stands beside them wins.
-
-    `seen` holds the references on the way here: one that leads back to itself adds nothing.
-    """
-    if not isinstance(schema, Mapping):
-        return {}
-    made = {k: v for k, v in schema.items() if k not in ("$ref", "allOf")}
-    parts = list(schema.get("allOf", ()))
-    if (ref := schema.get("$ref")) is not None and ref not in seen:
-        seen |= {ref}
-        parts.append(_target(ref, root))
-    for part in parts:
-        made = {**_resolve(part, root, seen), **made}
-    for key in ("anyOf", "oneOf"):
-        options = [o for o in made.get(key, ()) if not (isinstance(o, Mapping) and o.get("type") == "null")]
-        if len(options) == 1:
-            made = {**_resolve(options[0], root, seen), **{k: v for k, v in made.items() if k != key}}
-    types = made.get("type")
-    if isinstance(types, list) and len(rest := [t for t in types if t != "null"]) == 1:
-        made["type"] = rest[0]
-    return made
-
-
-def _nullable(schema: Any) -> bool:
-    if not isinstance(schema, Mapping):
-        return False
-    options = [schema, *_options(schema)]
-    types = [o.get("type") for o in options if isinstance(o, Mapping)]
-    return any(t == "null" or (isinstance(t, list) and "null" in t) for t in types)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """One value a model has to fill in. `name` is empty for the items of an array and for the whole."""
-
-    tool: ToolSchema
-    path: str
-    name: str
-    schema: dict[str, Any]
-    required: bool = False
-    nullable: bool = False
-    siblings: tuple[str, ...] = ()
-
-    @cached_property
-    def text(self) -> str:
-        text = self.schema.get("description")
-        return text.strip() if isinstance(text, str) else ""
-
-    @cached_property
-    def words(self) -> list[str]:
-        return _words(self.name)
-
-    @property
-    def type(self) -> Any:
-        return self.schema.get("type")
-
-    @property
-    def numeric(self) -> bool:
-        return self.type in ("number", "integer")
-
-
-def _places(tool: ToolSchema) -> Iterator[_Place]:
-    root = tool.parameters
-    yield from _below(_Place(tool, "arguments", "", _resolve(root, root)), root, set())
-
-
-def _below(place: _Place, root: Mapping[str, Any], seen: set[tuple[int, str]]) -> Iterator[_Place]:
-    """The place and those inside it. `seen`: what a definition holds is shown where it is first used."""
-    yield place
-    if place.path.count(".") > MAX_DEPTH:
-        return
-    inside: list[_Place] = []
-    schema, properties = place.schema, place.schema.get("properties", {})
-    for name, raw in properties.items():
-        if (id(raw), name) not in seen:
-            seen.add((id(raw), name))
-            needed, others = name in schema.get("required", ()), tuple(n for n in properties if n != name)
-            path = f"{place.path}.{name}"
-            inside.append(_Place(place.tool, path, name, _resolve(raw, root), needed, _nullable(raw), others))
-    for suffix, raw in (("[]", schema.get("items")), *(("", o) for o in _options(schema))):
-        if isinstance(raw, Mapping) and (id(raw), "") not in seen:
-            seen.add((id(raw), ""))
-            inside.append(_Place(place.tool, place.path + suffix, "", _resolve(raw, root)))
-    for inner in inside:
-        yield from _below(inner, root, seen)
-
-
-def _options(schema: Mapping[str, Any]) -> list[Any]:
-    return [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-
-
-def _words(text: str) -> list[str]:
-    """Lower-case words of a name or a text, camelCase and snake_case taken apart."""
-    return [w.lower() for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\dA-Z_]+|\d+", text)]
 
 
 # ---- rules about a tool
@@ -380,14 +129,14 @@ _VAGUE = _WRITING | _set("data do handle info manage process run")
 
 
 def _tool_rules(tool: ToolSchema) -> Iterator[tuple[Rule, str, str]]:
-    text, words = tool.description.strip(), _words(tool.name)
+    text, words = tool.description.strip(), words_of(tool.name)
     if not text:
         said = "no description; say what the tool does, when to use it and what it returns"
         yield "missing-description", "description", said
     elif _PLACEHOLDER.fullmatch(text) or (_repeats(text, tool.name) and not _VAGUE.isdisjoint(words)):
         said = f"{text!r:.80} says no more than the name; say when to use it, what it changes and what it returns"
         yield "vague-description", "description", said
-    verb = next(iter(_words(tool.name.rpartition(".")[2])), "")
+    verb = next(iter(words_of(tool.name.rpartition(".")[2])), "")
     if tool.permission == "read" and verb in _WRITING:
         said = f"its name begins with {verb!r}, its permission says that it only reads; make it `write` or rename it"
         yield "permission-mismatch", "permission", said
@@ -395,8 +144,8 @@ def _tool_rules(tool: ToolSchema) -> Iterator[tuple[Rule, str, str]]:
 
 def _repeats(text: str, name: str) -> bool:
     """Whether every word of the text stands in the name already, up to its ending."""
-    told = {_stem(w) for w in _words(text) if w not in _FILLER}
-    return told <= {_stem(w) for w in _words(name)}
+    told = {_stem(w) for w in words_of(text) if w not in _FILLER}
+    return told <= {_stem(w) for w in words_of(name)}
 
 
 def _stem(word: str) -> str:
@@ -406,7 +155,7 @@ def _stem(word: str) -> str:
 # ---- rules about one value
 
 
-def _place_rules(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _place_rules(place: Place) -> Iterator[tuple[Rule, str]]:
     yield from _required_unknown(place)
     yield from _untyped(place)
     if not place.name:
@@ -421,7 +170,7 @@ def _place_rules(place: _Place) -> Iterator[tuple[Rule, str]]:
         yield from _missing_unit(place)
 
 
-def _required_unknown(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _required_unknown(place: Place) -> Iterator[tuple[Rule, str]]:
     schema = place.schema
     if schema.get("type") not in ("object", None) or schema.get("patternProperties"):
         return
@@ -434,7 +183,7 @@ _ANY_SHAPE = re.compile(r"\b(?:payload|json|arbitrary|free-?form|any (?:object|v
 _TYPING = ("type", "enum", "const", "anyOf", "oneOf", "not", "if", "format", "pattern")
 
 
-def _untyped(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _untyped(place: Place) -> Iterator[tuple[Rule, str]]:
     schema, shape = place.schema, ("properties", "patternProperties", "propertyNames", "anyOf", "oneOf")
     if place.path == "arguments":
         return
@@ -459,7 +208,7 @@ _DEMANDED = re.compile(
 )
 
 
-def _required_mismatch(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _required_mismatch(place: Place) -> Iterator[tuple[Rule, str]]:
     if not place.required:
         if (said := _DEMANDED.search(place.text)) and "default" not in place.schema:
             yield "required-mismatch", f"its text says {said[0].strip()!r}, but `required` does not name it; add it"
@@ -474,7 +223,7 @@ def _required_mismatch(place: _Place) -> Iterator[tuple[Rule, str]]:
 _CHECKED = ("type", "enum", "const", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 
 
-def _default_mismatch(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _default_mismatch(place: Place) -> Iterator[tuple[Rule, str]]:
     from jsonschema import Draft202012Validator
 
     default = place.schema.get("default")
@@ -488,13 +237,13 @@ def _default_mismatch(place: _Place) -> Iterator[tuple[Rule, str]]:
 _CRYPTIC = _set("arg args config data info input misc obj options opts param params payload val value x y z")
 
 
-def _vague(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _vague(place: Place) -> Iterator[tuple[Rule, str]]:
     told = place.text
     if told and (_PLACEHOLDER.fullmatch(told) or (_CRYPTIC.issuperset(place.words) and _repeats(told, place.name))):
         yield "vague-description", f"{told!r:.60} says no more than the name; say what it is and give an example"
 
 
-def _undescribed(places: Iterable[_Place]) -> Iterator[tuple[str, str]]:
+def _undescribed(places: Iterable[Place]) -> Iterator[tuple[str, str]]:
     """(where, message), one for all the bare properties of an object: a function's arguments are often all bare."""
     bare: dict[str, list[str]] = {}
     for place in places:
@@ -513,7 +262,9 @@ def _explained(schema: Any) -> bool:
         return False
     if any(schema.get(k) for k in ("description", "enum", "const")):
         return True
-    return any(_explained(p) for p in (schema.get("items"), *_options(schema), *schema.get("properties", {}).values()))
+    return any(
+        _explained(p) for p in (schema.get("items"), *alternatives(schema), *schema.get("properties", {}).values())
+    )
 
 
 _OPEN = re.compile(
@@ -532,7 +283,7 @@ _BARE_LIST = re.compile(
 )
 
 
-def _missing_enum(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _missing_enum(place: Place) -> Iterator[tuple[Rule, str]]:
     schema, text = place.schema, place.text
     if place.type == "array" and isinstance(items := schema.get("items"), Mapping):
         schema = dict(items)
@@ -561,7 +312,7 @@ _OBSERVED = re.compile(
 _CHANGE = re.compile(r"\b(?:increase|decrease|change|growth|return)\b", re.I)  # of either sign, and of any size
 
 
-def _unbounded_number(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _unbounded_number(place: Place) -> Iterator[tuple[Rule, str]]:
     schema, words = place.schema, set(place.words)
     if not place.numeric or any(k in schema for k in ("enum", "const")):
         return
@@ -597,7 +348,7 @@ _FORM_TOLD = re.compile(
 )
 
 
-def _unbounded_string(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _unbounded_string(place: Place) -> Iterator[tuple[Rule, str]]:
     told = ("enum", "const", "format", "pattern", "maxLength", "examples", "default", "contentEncoding")
     if place.type != "string" or any(place.schema.get(k) for k in told) or _FORM_TOLD.search(place.text):
         return
@@ -618,14 +369,14 @@ _RATE = _set("interest tax discount growth inflation coupon return mutation birt
 _SHARE_TOLD = re.compile(r"percent|%|decimal|fraction|probability|\bper\b|\d", re.I)
 
 
-def _missing_unit(place: _Place) -> Iterator[tuple[Rule, str]]:
+def _missing_unit(place: Place) -> Iterator[tuple[Rule, str]]:
     if not place.numeric or any(k in place.schema for k in ("enum", "default", "minimum", "maximum")):
         return
     around = f"{' '.join(place.words)} {place.text} {place.tool.description}"
     if place.words and place.words[-1] in _QUANTITY:
-        if not _UNIT.search(around) and not any("unit" in " ".join(_words(s)) for s in place.siblings):
+        if not _UNIT.search(around) and not any("unit" in " ".join(words_of(s)) for s in place.siblings):
             yield "missing-unit", "a quantity in no unit; name the unit in the text or the name"
-    elif place.words and place.words[-1] == "rate" and _RATE & {*_words(around)} and not _SHARE_TOLD.search(around):
+    elif place.words and place.words[-1] == "rate" and _RATE & {*words_of(around)} and not _SHARE_TOLD.search(around):
         yield "missing-unit", "5 % may be sent as 5 or as 0.05; say which"
 
 
@@ -669,7 +420,7 @@ _SYNONYMS = {
 
 
 def _terms(text: str) -> list[str]:
-    return [_SYNONYMS.get(w.removesuffix("s"), _stem(w)) for w in _words(text) if w not in _FILLER]
+    return [_SYNONYMS.get(w.removesuffix("s"), _stem(w)) for w in words_of(text) if w not in _FILLER]
 
 
 def _parameters(schema: ToolSchema) -> list[str]:
@@ -688,7 +439,7 @@ def _type_conflicts(schemas: Sequence[ToolSchema]) -> Iterator[Finding]:
     first: dict[str, tuple[str, str]] = {}
     for tool in schemas:
         for name, raw in tool.parameters.get("properties", {}).items():
-            kind = _resolve(raw, tool.parameters).get("type")
+            kind = resolve(raw, tool.parameters).get("type")
             if not isinstance(kind, str):
                 continue
             kind = "number" if kind == "integer" else kind

@@ -1,8 +1,9 @@
-"""A loopback server that speaks OpenAI's chat-completions protocol (not streaming), for tests of the provider path."""
+"""A loopback server that speaks OpenAI's chat-completions protocol, for tests of the provider path."""
 
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,7 +37,8 @@ class Reply:
 
     `text` and `delay` (seconds) may be functions of the request's JSON. `tokens_in` None counts four characters as
     one; `usage` False leaves the count out; `body` is sent in place of a completion; `hang_up` closes the connection
-    without a word.
+    without a word, `cut` after so many bytes of the body (of a stream: so many events); `finish` is why the model
+    stopped. A request with `stream` is answered word by word.
     """
 
     text: str | Callable[[Request], str] = BILLING
@@ -48,6 +50,8 @@ class Reply:
     usage: bool = True
     body: bytes | None = None
     hang_up: bool = False
+    cut: int | None = None
+    finish: str = "stop"
 
     def content(self, request: Request) -> bytes:
         """The body: as given, else an error object, else a completion."""
@@ -55,21 +59,53 @@ class Reply:
             return self.body
         if self.status != 200:
             return json.dumps({"error": {"message": f"it went wrong with {self.status}", "type": "test"}}).encode()
-        text = self.text(request) if callable(self.text) else self.text
-        tokens_in = len(prompt(request)) // 4 if self.tokens_in is None else self.tokens_in
-        usage = {
-            "prompt_tokens": tokens_in,
-            "completion_tokens": self.tokens_out,
-            "total_tokens": tokens_in + self.tokens_out,
-        }
+        message = {"role": "assistant", "content": self.said(request)}
         completion = {
             "id": "chatcmpl-1",
             "object": "chat.completion",
             "created": 0,
             "model": request["model"],
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+            "choices": [{"index": 0, "message": message, "finish_reason": self.finish}],
         }
-        return json.dumps(completion | ({"usage": usage} if self.usage else {})).encode()
+        return json.dumps(completion | ({"usage": self.counted(request)} if self.usage else {})).encode()
+
+    def said(self, request: Request) -> str:
+        """The completion's text."""
+        return self.text(request) if callable(self.text) else self.text
+
+    def counted(self, request: Request) -> dict[str, int]:
+        """The completion's usage."""
+        tokens_in = len(prompt(request)) // 4 if self.tokens_in is None else self.tokens_in
+        return {
+            "prompt_tokens": tokens_in,
+            "completion_tokens": self.tokens_out,
+            "total_tokens": tokens_in + self.tokens_out,
+        }
+
+    def events(self, request: Request) -> list[bytes]:
+        """The completion as a stream of server-sent events, word by word."""
+        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 0, "model": request["model"]}
+        words = self.said(request).replace("\n", "\n ").split(" ")
+        deltas = [{"content": word if word.endswith("\n") else f"{word} "} for word in words]
+        choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+        choices.append({"index": 0, "delta": {}, "finish_reason": self.finish})
+        chunks = [{**head, "choices": [choice]} for choice in choices]
+        chunks.append({**head, "choices": [], "usage": self.counted(request)})
+        return [f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks] + [b"data: [DONE]\n\n"]
+
+
+def in_bad_health(replies: int, *, share: float = 0.3, seed: int = 7) -> list[Reply]:
+    """A script of good answers of all lengths, and a share of every failure that may be retried."""
+    dice = random.Random(seed)
+    bad = [
+        Reply(status=500, headers=FAST),
+        Reply(status=429, headers=FAST),
+        Reply(hang_up=True),
+        Reply(cut=40),
+        Reply(body=b"<html>"),
+    ]
+    good = [Reply(tokens_in=None, tokens_out=n) for n in (1, 100, 256)]
+    return [dice.choice(bad if dice.random() < share else good) for _ in range(replies)]
 
 
 class Provider:
@@ -96,14 +132,17 @@ class Provider:
         self._server.shutdown()
         self._server.server_close()
 
-    def settings(self, *, price: tuple[float, float] | None = (1000, 2000), **options: object) -> str:
-        """An `agentkit.toml` whose tier `fast` is this server; the price is USD per million tokens in and out."""
+    def settings(self, *, price: tuple[float, float] | None = (1000, 2000), more: str = "", **options: object) -> str:
+        """An `agentkit.toml` whose tier `fast` is this server; the price is USD per million tokens in and out.
+
+        `more` is TOML put at its end.
+        """
         options = {"api_base": self.url, "api_key": "a-key", **options}
         lines = ["[models]", f'fast = "{MODEL}"', f'[options."{MODEL}"]']
         lines += [f"{name} = {json.dumps(value)}" for name, value in options.items()]
         if price is not None:
             lines += [f'[prices."{MODEL}"]', f"input = {price[0]}", f"output = {price[1]}"]
-        return "\n".join(lines)
+        return "\n".join([*lines, more])
 
     def take(self, request: Request, key: str) -> Reply:
         """Count a request and say how to answer it."""
@@ -150,13 +189,26 @@ class _Handler(BaseHTTPRequestHandler):
         if reply.hang_up:
             self.close_connection = True
             return
+        if request.get("stream") and reply.status == 200 and reply.body is None:
+            self._stream(reply, reply.events(request))
+            return
         content = reply.content(request)
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content[: reply.cut])
+        if reply.cut is not None:
+            self.close_connection = True
+
+    def _stream(self, reply: Reply, events: list[bytes]) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for event in events[: reply.cut]:
+            self.wfile.write(event)
+        self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""

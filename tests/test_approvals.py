@@ -26,8 +26,9 @@ from agentkit.testing import FakeClock
 from agentkit_pipelines.approvals_cli import approvals_app
 from agentkit_tracking import keys
 from agentkit_tracking.control import ControlError, ControlPlane, database, tables
-from agentkit_tracking.control.approvals import Desk, HumanDecision
+from agentkit_tracking.control.approvals import Desk
 from agentkit_tracking.control.card import card, visible
+from agentkit_tracking.control.decisions import HumanDecision
 from agentkit_tracking.statements import read
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "approvals.py"

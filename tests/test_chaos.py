@@ -22,9 +22,13 @@ from agentkit_pipelines.cli import app
 from agentkit_pipelines.gate import judge
 from agentkit_pipelines.thresholds import Thresholds
 
-CASES = [
-    Example(id=f"c{i}", inputs={"text": f"order {i}"}, expected={"value": "fine"}, task_type="t") for i in range(12)
-]
+
+def cases(count: int) -> list[Example]:
+    expected = {"value": "fine"}
+    return [Example(id=f"c{i}", inputs={"text": f"order {i}"}, expected=expected, task_type="t") for i in range(count)]
+
+
+CASES, MANY = cases(12), cases(160)
 
 
 @ak.tool
@@ -127,7 +131,7 @@ def test_the_gate_can_require_it() -> None:
     assert wanted.wants_chaos
     assert not rules({"metric": "success", "at_least": 0.5}).wants_chaos
     for recover, verdict in ((None, "fail"), (handing_over, "pass")):
-        results = evaluation.evaluate(system(plainly, recover), CASES, repeats=16, chaos=True)
+        results = evaluation.evaluate(system(plainly, recover), MANY, repeats=2, chaos=True)
         assert {"chaos_fault", "chaos_failure"} <= {*results.columns}
         strict = rules({"metric": "chaos_failure", "at_most": 0.05}) if verdict == "fail" else wanted
         assert judge(results, strict, None, ()).verdict == verdict
@@ -141,14 +145,16 @@ def test_an_evaluation_ends_at_a_violation() -> None:
     with pytest.raises(
         ChaosViolation, match="under 'injected instructions': an effect that the undisturbed run had not"
     ):
-        evaluation.evaluate(system(gullible), CASES, repeats=16, chaos=True)
+        evaluation.evaluate(system(gullible), MANY, repeats=2, chaos=True)
 
 
-def test_every_fault_is_met_over_the_repeats_and_by_every_version_alike() -> None:
-    met = {chaos.fault_for("c1", repeat, seed=0) for repeat in range(16)}
-    assert len(met) == 16
-    assert {fault for fault, _ in met} == {*chaos.SURVIVABLE}
-    assert chaos.fault_for("c1", 3, 7) == chaos.fault_for("c1", 3, 7)
+def test_cases_meet_every_fault_and_every_version_meets_the_same() -> None:
+    assert len({chaos.fault_for(case.id, seed=0) for case in MANY}) == 16
+    first, second = (evaluation.evaluate(system(plainly), CASES, repeats=3, chaos=True) for _ in range(2))
+    assert first["chaos_fault"].to_list() == second["chaos_fault"].to_list()
+    assert first.group_by("case_id").agg(pl.col("chaos_run_id").n_unique())["chaos_run_id"].to_list() == [1] * len(
+        CASES
+    )
 
 
 @pytest.mark.slow

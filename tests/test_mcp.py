@@ -26,7 +26,8 @@ from typer.testing import CliRunner
 
 import agentkit as ak
 from agentkit.errors import PolicyRefused, ToolFailed, UsageError
-from agentkit.mcp import Listed, Server, asgi_app, build_server, clean, tool
+from agentkit.mcp import Listed, Server, asgi_app, build_server, tool
+from agentkit.mcp.untrusted import clean
 from agentkit_pipelines.mcp_cli import mcp_app
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -190,11 +190,11 @@ def test_a_wait_past_a_minute_or_the_runs_deadline_is_not_begun(serve: Serve, as
     )
 
 
-def test_a_server_error_is_retried_after_a_second_and_both_attempts_are_recorded(serve: Serve) -> None:
+def test_a_server_error_is_retried_after_one_to_two_seconds_and_both_attempts_are_recorded(serve: Serve) -> None:
     provider = serve(Reply(status=500), Reply())
     record = triage().run(ticket=TICKET)
     assert record.state == "DONE"
-    assert 1.0 <= provider.times[1] - provider.times[0] < 1.5
+    assert 1.0 <= provider.times[1] - provider.times[0] < 2.5  # the second is jitter
     first, second = (s for s in record.steps if s.kind == "model")
     assert first.error is not None
     assert (second.error, second.tokens_in, record.tokens_in) == (None, 100, 100)
@@ -428,7 +428,7 @@ def test_a_shared_ledger_holds_the_sum_of_its_runs_and_never_passes_its_limit(
     calls: list[tuple[int, int, float]], limit: int, limits: list[int]
 ) -> None:
     shared = Ledger(replace(FREE, tokens_in=limit))
-    runs = [Ledger(replace(FREE, tokens_in=own), parent=shared) for own in limits]
+    runs = [Ledger(replace(FREE, tokens_in=own), shared) for own in limits]
     open_calls: list[tuple[Ledger, int, float]] = []
     for i, (whose, amount, share) in enumerate(calls):
         before = [r.used["tokens_in"] for r in (shared, *runs)]
@@ -462,7 +462,7 @@ def test_a_shared_ledger_holds_its_limit_against_32_threads() -> None:
     really = 2.0**-12  # exact in binary
 
     def spend(_: int) -> int:
-        run, granted = Ledger(FREE, parent=shared), 0
+        run, granted = Ledger(FREE, shared), 0
         start.wait()
         for _ in range(1000):
             try:
@@ -483,10 +483,10 @@ def test_a_shared_ledger_holds_its_limit_against_32_threads() -> None:
 def test_a_ledger_knows_the_nearest_deadline_and_every_limit_above_it() -> None:
     above = Ledger(replace(FREE, seconds=10, usd=1))
     assert above.seconds_left == pytest.approx(10, abs=0.5)
-    assert Ledger(replace(FREE, seconds=3), parent=above).seconds_left == pytest.approx(3, abs=0.5)
-    assert Ledger(FREE, parent=above).seconds_left == pytest.approx(10, abs=0.5)
+    assert Ledger(replace(FREE, seconds=3), above).seconds_left == pytest.approx(3, abs=0.5)
+    assert Ledger(FREE, above).seconds_left == pytest.approx(10, abs=0.5)
     assert Ledger(FREE).seconds_left == math.inf
-    assert Ledger(FREE, parent=above).limits("usd")
+    assert Ledger(FREE, above).limits("usd")
     assert not Ledger(FREE).limits("usd")
 
 

@@ -18,8 +18,8 @@ from test_states import ALLOWED
 
 import agentkit as ak
 from agentkit import Budget, Run, RunRecord, State
-from agentkit.errors import IllegalTransition
 from agentkit.current import current_run
+from agentkit.errors import IllegalTransition
 from agentkit.jsonable import jsonable
 
 STATES = st.sampled_from(list(State))

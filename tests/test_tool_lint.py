@@ -14,7 +14,8 @@ from pydantic import BaseModel, Field
 
 import agentkit as ak
 from agentkit.errors import DataError, UsageError
-from agentkit.tool_lint import Finding, ToolSchema, lint, lint_tools
+from agentkit.tool_lint import Finding, lint, lint_tools
+from agentkit.tool_schemas import ToolSchema
 from agentkit_pipelines import tools_cli
 
 TEXT = "Pays back what an order cost; the customer is told by mail."

@@ -11,14 +11,14 @@ from agentkit.errors import UsageError
 from agentkit_pipelines import terminal
 
 if TYPE_CHECKING:
-    from agentkit_tracking.control.approvals import Approval
+    from agentkit_tracking.control.decisions import Approval
 
 approvals_app = typer.Typer(
     help="Calls of agents that wait for a person. A decision is signed with your key (`agentkit keys`); without one a call "
     "is rejected when its time is over. In the browser: `marimo run notebooks/approvals.py`.",
     no_args_is_help=True,
 )
-Identity = Annotated[str, typer.Argument(help="id of the approval, or how it begins")]
+Identity = Annotated[str, typer.Argument(metavar="ID", help="id of the approval, or how it begins")]
 
 
 @approvals_app.command("list")
@@ -30,8 +30,8 @@ def list_(
     from rich.table import Table
 
     from agentkit_tracking.control import ControlPlane
-    from agentkit_tracking.control.approvals import decided
     from agentkit_tracking.control.card import until
+    from agentkit_tracking.control.decisions import decided
 
     desk, out = ControlPlane().desk, terminal.console()
     found = desk.all() if everything else desk.waiting()
@@ -79,7 +79,7 @@ def approve(
 ) -> None:
     """Let the call be made, as asked or, with --set, with other arguments."""
     from agentkit_tracking.control import ControlPlane
-    from agentkit_tracking.control.approvals import changed_arguments
+    from agentkit_tracking.control.decisions import changed_arguments
 
     desk = ControlPlane().desk
     approval = desk.get(identity)
@@ -128,7 +128,8 @@ def _print_card(approval: Approval) -> None:
 def _print_recorded(approval: Approval) -> None:
     from rich.markup import escape
 
-    from agentkit_tracking.control.approvals import POLL_S, decided
+    from agentkit_tracking.control.approvals import POLL_S
+    from agentkit_tracking.control.decisions import decided
 
     request = approval.request
     out = terminal.console()

@@ -56,12 +56,12 @@ class Outcome:
         return "failed" if self.failed else "escalated" if self.escalated else "recovered"
 
 
-def fault_for(case_id: str, repeat: int, seed: int) -> tuple[Fault, bool]:
-    """The fault a case meets in a repeat, and whether it lasts (an outage) or passes after the first attempt.
+def fault_for(case_id: str, seed: int) -> tuple[Fault, bool]:
+    """The fault a case meets in an evaluation, and whether it lasts (an outage) or passes after the first attempt.
 
-    Over repeats a case meets different ones; all versions meet the same.
+    All versions meet the same.
     """
-    turn = int.from_bytes(hashlib.sha256(f"{seed}/{case_id}".encode()).digest()[:4], "big") + repeat
+    turn = int.from_bytes(hashlib.sha256(f"{seed}/{case_id}".encode()).digest()[:4], "big")
     return SURVIVABLE[turn % len(SURVIVABLE)], (turn // len(SURVIVABLE)) % 2 == 0
 
 

@@ -27,9 +27,9 @@ console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110, h
 T = TypeVar("T")
 REPEATS = 3
 NOTEBOOK = Path("notebooks") / "support_triage.py"
-# A tidy-up that looks harmless in review: `.get` with a default instead of a KeyError. The field has another name, so
+# A tidy-up that looks harmless in review: `getattr` with a default instead of an error. The field has another name, so
 # no refund is ever found to be due; every other kind of ticket works as before.
-EDIT = ('amount = order["refundable_usd"]', 'amount = order.get("refundable_amount", 0.0)')
+EDIT = ("amount = order.refundable_usd", 'amount = getattr(order, "refundable_amount", 0.0)')
 
 
 def main() -> int:
@@ -106,7 +106,7 @@ def _story(root: Path, home: Path) -> None:
     promote(v2, "pass")
 
     edited = _edited(root, home)
-    v3 = register("Version 3: a tidy-up of the refund code, `.get` with a default", edited, "tuned")
+    v3 = register("Version 3: a tidy-up of the refund code, `getattr` with a default", edited, "tuned")
     console.print("  what changed, as `agentkit diff` shows it:")
     _diff(v2, v3)
     promote(v3, "fail")

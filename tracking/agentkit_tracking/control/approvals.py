@@ -1,4 +1,4 @@
-"""The approvals desk: questions to people that survive restarts, and answers that are signed.
+"""The approvals desk: questions to people, kept with their answers in the control database, so that they survive restarts.
 
 A question is one row per call of a run. An answer is a signed statement that holds the hash of all that was asked: it fits no
 other question, and none that was changed afterwards. Who waits checks the signature and that the call is still the one it
@@ -7,18 +7,15 @@ is about to make; a row that somebody else wrote into the database decides nothi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Field
 from sqlalchemy import Connection, Row, select
 
 from agentkit import clock
@@ -27,56 +24,36 @@ from agentkit.control import Notice
 from agentkit.errors import TrustError, UsageError
 from agentkit.jsonable import jsonable
 from agentkit_tracking.control.card import REASON, card, clip, visible
-from agentkit_tracking.control.database import Database, stamp, unstamp
+from agentkit_tracking.control.database import Database, stamp
+from agentkit_tracking.control.decisions import (
+    STATUS,
+    Approval,
+    Status,
+    asked_digest,
+    checked,
+    decided,
+    is_same_call,
+    judged,
+    read_row,
+    request_of,
+    request_text,
+    settled,
+    sha,
+    sign_decision,
+)
 from agentkit_tracking.control.notices import Outbox, put
-from agentkit_tracking.control.stops import NO_RELEASE, named
 from agentkit_tracking.control.tables import APPROVALS, REFUSED, insert_new
-from agentkit_tracking.home import author
-from agentkit_tracking.keys import Trust, load_trust, signing_key
-from agentkit_tracking.statements import Digest, Statement, check, day, read, sign, signer
+from agentkit_tracking.keys import load_trust
+from agentkit_tracking.statements import Digest
+
+__all__ = ["POLL_S", "Approval", "Desk", "decided", "desk_approver"]
 
 HOURS_ENV = "AGENTKIT_APPROVAL_HOURS"
 DEFAULT_HOURS = 24.0  # a working day and the night before it
 POLL_S = 0.5  # a decision is acted on within this time
 _LETTERS = "23456789abcdefghjkmnpqrstuvwxyz"  # none that is read as another
 _ID_LENGTH = 8
-_WHY_LENGTH = 1000
 _log = logging.getLogger(__name__)
-Status = Literal["waiting", "approved", "modified", "rejected", "expired"]
-_STATUS: dict[Verdict, Status] = {"approve": "approved", "modify": "modified", "reject": "rejected"}
-
-
-class HumanDecision(Statement):
-    """The signer decided about one call of one run."""
-
-    predicate_type: ClassVar[str] = "urn:agentkit:decision:v1"
-
-    approval: str
-    run_id: str
-    key: str
-    tool: str
-    asked: Digest = Field(description="of all that was asked and shown, with when and until when")
-    arguments_asked: Digest = Field(description="of the arguments asked about, as canonical JSON")
-    verdict: Verdict
-    arguments: dict[str, Any] | None = Field(description="of a modification: those approved instead")
-    who: str = Field(max_length=200)
-    why: str = Field(max_length=_WHY_LENGTH)
-
-
-@dataclass(frozen=True)
-class Approval:
-    """A question and, once there is one that counts, its answer.
-
-    `problem` says why a decision that is stored does not count; such an approval still waits.
-    """
-
-    id: str
-    request: ApprovalRequest
-    created_at: datetime
-    expires_at: datetime
-    status: Status
-    decision: Decision | None = None
-    problem: str = ""
 
 
 class Desk:
@@ -130,9 +107,9 @@ class Desk:
             UsageError: there is no such approval.
         """
         row = self._row(identity)
-        approval = _read(row, load_trust())
-        asked = _asked(row.id, row.request, row.created_at, row.expires_at)
-        is_other_call = request is not None and not _is_same_call(approval.request, request)
+        approval = read_row(row, load_trust())
+        asked = asked_digest(row.id, row.request, row.created_at, row.expires_at)
+        is_other_call = request is not None and not is_same_call(approval.request, request)
         if is_other_call or self._asked_here.get(identity, asked) != asked:
             raise TrustError(
                 f"approval {identity} was altered in the control database: it is not what run {row.run_id} asked; "
@@ -193,7 +170,7 @@ class Desk:
         if len(rows) != 1:
             count = "no approval begins" if not rows else "several approvals begin"
             raise UsageError(f"{count} with {prefix!r}; see `agentkit approvals list --all`")
-        return _read(rows[0], load_trust())
+        return read_row(rows[0], load_trust())
 
     def decide(
         self,
@@ -216,19 +193,19 @@ class Desk:
                 change that changes nothing or names other arguments; no key to sign with.
         """
         row = self._row(identity)
-        approval = _read(row, load_trust())
+        approval = read_row(row, load_trust())
         now = clock.utc()
-        if shown is not None and (shown.id, _text(shown.request)) != (identity, _text(approval.request)):
+        if shown is not None and (shown.id, request_text(shown.request)) != (identity, request_text(approval.request)):
             raise TrustError(f"approval {identity} was altered after it was shown to you; look at it again")
         if approval.decision is not None or approval.expires_at <= now:
-            raise UsageError(f"approval {identity} is decided: {decided(_settled(approval))}")
-        reason, arguments = _checked(approval, verdict, reason, arguments)
-        envelope = self._sign(row, approval, verdict, reason, arguments, now)
+            raise UsageError(f"approval {identity} is decided: {decided(settled(approval))}")
+        reason, arguments = checked(approval, verdict, reason, arguments)
+        envelope = sign_decision(row, approval, verdict, reason, arguments, now)
         if approval.problem:
             self._refuse(row, approval.problem)
-        if not self._swap(row, _STATUS[verdict], envelope, now):
+        if not self._swap(row, STATUS[verdict], envelope, now):
             raise UsageError(f"approval {identity} is decided: {decided(self.get(identity))}")
-        return _judged(self._row(identity), load_trust())
+        return judged(self._row(identity), load_trust())
 
     # ---- rows
 
@@ -240,9 +217,9 @@ class Desk:
         return row
 
     def _of_call(self, connection: Connection, request: ApprovalRequest) -> Row[Any] | None:
-        where = APPROVALS.c.run_id == request.run_id, APPROVALS.c.call_key == _sha(request.key)
+        where = APPROVALS.c.run_id == request.run_id, APPROVALS.c.call_key == sha(request.key)
         row = connection.execute(select(APPROVALS).where(*where)).one_or_none()
-        if row is not None and not _is_same_call(_request(row.request), request):
+        if row is not None and not is_same_call(request_of(row.request), request):
             raise UsageError(
                 f"run {request.run_id} asked about call {request.key!r} before, with other arguments (approval {row.id}); "
                 "a call keeps its arguments, or gets another key"
@@ -252,23 +229,23 @@ class Desk:
     def _insert(self, connection: Connection, request: ApprovalRequest) -> Approval:
         now = clock.utc()
         expires_at = now + timedelta(hours=self._hours if self._hours is not None else _hours())
-        asked = _text(request)
+        asked = request_text(request)
         while True:
             identity = "".join(secrets.choice(_LETTERS) for _ in range(_ID_LENGTH))
             values = {
                 "id": identity,
                 "run_id": request.run_id,
-                "call_key": _sha(request.key),
+                "call_key": sha(request.key),
                 "request": asked,
                 "created_at": stamp(now),
                 "expires_at": stamp(expires_at),
                 "status": "waiting",
             }
             if insert_new(connection, APPROVALS, **values):
-                self._asked_here[identity] = _asked(identity, asked, stamp(now), stamp(expires_at))
+                self._asked_here[identity] = asked_digest(identity, asked, stamp(now), stamp(expires_at))
                 return Approval(identity, request, now, expires_at, "waiting")
             if (row := self._of_call(connection, request)) is not None:  # PostgreSQL: somebody else was faster
-                return _read(row, load_trust())
+                return read_row(row, load_trust())
 
     def _swap(self, row: Row[Any], status: Status, envelope: str | None, now: datetime) -> bool:
         """Set the outcome of a row that is still as it was read: of two deciders one finds it changed."""
@@ -283,7 +260,7 @@ class Desk:
 
     def _expire(self, row: Row[Any]) -> Decision | None:
         self._swap(row, "expired", None, clock.utc())  # unless another process did so, or decided, at this moment
-        return _read(self._row(row.id), load_trust()).decision
+        return read_row(self._row(row.id), load_trust()).decision
 
     def _expire_all(self, now: str) -> None:
         is_over = APPROVALS.c.status == "waiting", APPROVALS.c.expires_at <= now
@@ -295,7 +272,7 @@ class Desk:
 
     def _refuse(self, row: Row[Any], problem: str) -> None:
         """Keep a decision that does not count, once, as evidence; and tell people."""
-        digest = _sha(f"{row.status}\n{row.request}\n{row.expires_at}\n{row.decision}")
+        digest = sha(f"{row.status}\n{row.request}\n{row.expires_at}\n{row.decision}")
         values = {"approval_id": row.id, "sha256": digest, "at": stamp(clock.utc()), "decision": row.decision}
         with self._database.reading() as connection:
             known = (REFUSED.c.approval_id == row.id) & (REFUSED.c.sha256 == digest)
@@ -307,34 +284,6 @@ class Desk:
             text = f"a decision stored for approval {row.id} was refused: {problem}"
             self._outbox.notify(Notice("approval", row.run_id, "", text, {"approval": row.id, "problem": problem}))
 
-    def _sign(
-        self,
-        row: Row[Any],
-        approval: Approval,
-        verdict: Verdict,
-        why: str,
-        arguments: dict[str, Any] | None,
-        now: datetime,
-    ) -> str:
-        key, request = signing_key(), approval.request
-        statement = HumanDecision(
-            system=request.system,
-            release=request.release or NO_RELEASE,
-            time=now,
-            signer=signer(key),
-            approval=approval.id,
-            run_id=request.run_id,
-            key=request.key,
-            tool=request.tool,
-            asked=_asked(row.id, row.request, row.created_at, row.expires_at),
-            arguments_asked=_sha(_canonical(request.arguments)),
-            verdict=verdict,
-            arguments=arguments,
-            who=author()[:200],
-            why=why,
-        )
-        return sign(statement, key)
-
 
 def desk_approver() -> Approver:
     """The approver that puts every question to the desk of the present settings and waits; a stop ends the wait."""
@@ -343,159 +292,15 @@ def desk_approver() -> Approver:
     return ControlPlane().approver()
 
 
-# ---- reading
-
-
 def _read_all(rows: Iterable[Row[Any]]) -> list[Approval]:
     """Rows, without those that cannot be read: one damaged row must not hide the others."""
     found = []
     for row in rows:
         try:
-            found.append(_read(row, load_trust()))
+            found.append(read_row(row, load_trust()))
         except TrustError as e:
             _log.error("%s", e)
     return found
-
-
-def _read(row: Row[Any], trust: Trust) -> Approval:
-    """A row, its decision judged.
-
-    Raises:
-        TrustError: the question itself cannot be read.
-    """
-    try:
-        times = unstamp(row.created_at), unstamp(row.expires_at)
-        approval = Approval(row.id, _request(row.request), *times, row.status)
-    except (ValueError, TypeError) as e:
-        raise TrustError(f"approval {row.id} was altered in the control database: it cannot be read") from e
-    if row.status == "waiting" and row.decision is None:
-        return approval
-    if row.status == "expired":
-        return _settled(approval)
-    try:
-        return replace(approval, decision=_judged(row, trust))
-    except TrustError as e:
-        return replace(approval, status="waiting", problem=str(e))
-
-
-def _judged(row: Row[Any], trust: Trust) -> Decision:
-    """The decision of a row.
-
-    Raises:
-        TrustError: no trusted key signed it, or not for exactly this row.
-    """
-    signed = read(row.decision or "", HumanDecision)
-    key, said = check(signed, trust), signed.statement
-    request = _request(row.request)
-    expected = (row.id, row.run_id, row.call_key, request.tool, _sha(_canonical(request.arguments)))
-    found = (said.approval, said.run_id, _sha(said.key), said.tool, said.arguments_asked)
-    asked = _asked(row.id, row.request, row.created_at, row.expires_at)
-    if found != expected or said.asked != asked:
-        raise TrustError("it was signed for another question, or the question was changed afterwards")
-    if row.status != _STATUS[said.verdict]:
-        raise TrustError(f"the row says {row.status}, what was signed says {said.verdict}")
-    if said.time > unstamp(row.expires_at):
-        raise TrustError("it was signed after the approval had expired")
-    if (said.verdict == "modify") != (said.arguments is not None) or (
-        said.arguments is not None and said.arguments.keys() != request.arguments.keys()
-    ):
-        raise TrustError("its arguments are not those that were asked about")
-    return Decision(
-        verdict=said.verdict,
-        by=named(said.who, key.owner),
-        reason=said.why,
-        at=said.time.isoformat(),
-        arguments=said.arguments,
-        signature=json.loads(signed.envelope),
-    )
-
-
-def _settled(approval: Approval) -> Approval:
-    """An approval whose time is over counts as rejected."""
-    if approval.decision is not None:
-        return approval
-    hours = (approval.expires_at - approval.created_at).total_seconds() / 3600
-    reason = f"expired: nobody decided within {hours:g} h"
-    return replace(
-        approval, status="expired", decision=Decision("reject", reason=reason, at=approval.expires_at.isoformat())
-    )
-
-
-def decided(approval: Approval) -> str:
-    """Who decided what, when and why, in a line."""
-    decision = approval.decision
-    if decision is None:
-        return approval.status
-    when = day(datetime.fromisoformat(decision.at))
-    if not decision.by:
-        return f"{decision.reason} ({when} UTC)"
-    why = f": {decision.reason}" if decision.reason else ""
-    return f"{approval.status} by {decision.by} on {when} UTC{why}"
-
-
-def _checked(
-    approval: Approval, verdict: Verdict, reason: str, arguments: dict[str, Any] | None
-) -> tuple[str, dict[str, Any] | None]:
-    reason = " ".join(reason.split())
-    if verdict not in _STATUS:
-        raise UsageError(f"a verdict is approve, modify or reject, not {verdict!r}")
-    if verdict != "approve" and not reason:
-        raise UsageError(f"say why: to {verdict} needs a reason")
-    if len(reason) > _WHY_LENGTH:
-        raise UsageError(f"the reason has {len(reason)} characters; {_WHY_LENGTH} are kept")
-    if verdict != "modify":
-        if arguments is not None:
-            raise UsageError(f"to {verdict} takes no arguments; `modify` does")
-        return reason, None
-    return reason, _changed(approval.request.arguments, arguments)
-
-
-def _changed(asked: dict[str, Any], arguments: dict[str, Any] | None) -> dict[str, Any]:
-    if not isinstance(arguments, dict) or arguments.keys() != asked.keys():
-        raise UsageError(f"to modify, give the arguments {', '.join(sorted(asked))}: exactly these")
-    try:
-        arguments = json.loads(json.dumps(arguments, allow_nan=False))
-    except (TypeError, ValueError) as e:
-        raise UsageError(f"the arguments are no JSON: {e}") from e
-    if arguments == asked:
-        raise UsageError("the arguments are those that were asked about: approve them, or change one")
-    assert arguments is not None
-    return arguments
-
-
-# ---- what was asked
-
-
-def _request(text: str) -> ApprovalRequest:
-    request = ApprovalRequest(**json.loads(text))
-    if not isinstance(request.arguments, dict):
-        raise TypeError("arguments are an object")
-    return request
-
-
-def _text(request: ApprovalRequest) -> str:
-    return json.dumps(asdict(request), sort_keys=True)
-
-
-def _is_same_call(one: ApprovalRequest, other: ApprovalRequest) -> bool:
-    return _call(one) == _call(other)
-
-
-def _call(request: ApprovalRequest) -> tuple[str, ...]:
-    arguments = _canonical({name: jsonable(value) for name, value in request.arguments.items()})
-    return request.run_id, request.key, request.system, request.agent, request.tool, arguments
-
-
-def _asked(identity: str, request: str, created_at: str, expires_at: str) -> Digest:
-    return _sha(_canonical([identity, request, created_at, expires_at]))
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _sha(text: str) -> Digest:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _hours() -> float:
@@ -523,17 +328,3 @@ def _details(approval: Approval) -> dict[str, Any]:
         "expires_at": stamp(approval.expires_at),
         "card": card(approval),
     }
-
-
-def changed_arguments(approval: Approval, settings: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The arguments asked about with some replaced.
-
-    Raises:
-        UsageError: a name that was not asked about.
-    """
-    arguments = dict(approval.request.arguments)
-    for name, value in settings:
-        if name not in arguments:
-            raise UsageError(f"there is no argument {name!r}; there are {', '.join(sorted(arguments))}")
-        arguments[name] = value
-    return arguments

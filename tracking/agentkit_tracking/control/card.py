@@ -15,7 +15,7 @@ from agentkit import clock
 from agentkit_tracking.statements import day
 
 if TYPE_CHECKING:
-    from agentkit_tracking.control.approvals import Approval
+    from agentkit_tracking.control.decisions import Approval
 
 DOING, REASON, _NAME, _WHY = 260, 100, 60, 200  # characters; at most 115 words on the card, read in 30 s
 _VALUE, _VALUES = 160, 12  # characters of an argument, and how many arguments
@@ -25,7 +25,7 @@ _WWW = re.compile(r"\bwww\.", re.IGNORECASE)  # some renderers make links of suc
 
 def card(approval: Approval) -> str:
     """The approval as Markdown, safe to render and to print."""
-    from agentkit_tracking.control.approvals import decided
+    from agentkit_tracking.control.decisions import decided
 
     request = approval.request
     who = f" for {prose(request.user, _NAME)}" if request.user else ""
