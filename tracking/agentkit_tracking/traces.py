@@ -31,7 +31,11 @@ def write(record: RunRecord) -> None:
     and the trace: the run is over, its effects are done, and the run log has it.
     """
     global _paused_until
-    if record.kind == "evaluation" or record.parent is not None or os.environ.get("AGENTKIT_TRACES", "on").lower() in ("off", "0", "false"):
+    if (
+        record.kind == "evaluation"
+        or record.parent is not None
+        or os.environ.get("AGENTKIT_TRACES", "on").lower() in ("off", "0", "false")
+    ):
         return
     if time.monotonic() < _paused_until:
         return
