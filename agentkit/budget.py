@@ -120,9 +120,12 @@ class Ledger:
 
     def settle(self, reserved: dict[str, float], actual: dict[str, float]) -> None:
         """Replace a reservation by what was really used; an amount nobody knows (NaN) stays as it was reserved."""
-        actual = {name: reserved.get(name, 0.0) if math.isnan(x) else x for name, x in actual.items()}
+        actual = {name: reserved.get(name, 0.0) if x != x else x for name, x in actual.items()}  # only NaN is not itself
+        used = self._used
         with self._lock:
-            for name in reserved.keys() | actual.keys():
-                self._used[name] += actual.get(name, 0.0) - reserved.get(name, 0.0)
+            for name, amount in reserved.items():
+                used[name] -= amount
+            for name, amount in actual.items():
+                used[name] += amount
         for parent in self._parents:
             parent.settle(reserved, actual)

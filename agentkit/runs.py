@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -32,6 +32,7 @@ from agentkit.tools import Inventory, Tool
 REHEARSALS = ("evaluation", "chaos", "replay")  # kinds of run that concern nobody outside
 MAX_STEPS = 10  # times a run may go from planning to executing
 MAX_DEPTH = 4  # systems and agents that call each other, the first included
+_LOOK_S = 0.05  # a model call looks for a stop this often at most, a tool call always
 _STOP_POLL_S = 0.5  # a wait looks for a stop this often
 
 
@@ -82,6 +83,7 @@ class Run:
         self.asking = threading.Lock()
         self._numbers = itertools.count()
         self._plans = self.failures = 0
+        self._look_again = 0.0
         self._started_at = clock.utc()
         self._t0 = self._entered = time.perf_counter()
         self._in_state: dict[State, float] = {}
@@ -144,20 +146,9 @@ class Run:
         given = jsonable(arguments) if self.interceptors else arguments
         return Call(kind, name, given, number, key, self.agent, self, tool)
 
-    @contextmanager
-    def model_call(self, model: str, reserved: dict[str, float], inputs: Any = None) -> Iterator[Step]:
+    def model_call(self, model: str, reserved: dict[str, float], inputs: Any = None) -> AbstractContextManager[Step]:
         """Reserve, time, record and settle one model call; the caller fills tokens and usd into the step."""
-        self.reserve(**reserved)
-        with self.timed("model", model, inputs=inputs) as step:
-            step.model = model
-            try:
-                yield step
-            except Exception:
-                self.failures += 1
-                raise
-            finally:
-                used = {"model_calls": 1, "tokens_in": step.tokens_in, "tokens_out": step.tokens_out, "usd": step.usd}
-                self.ledger.settle(reserved, used)
+        return _ModelCall(self, model, reserved, inputs)
 
     def decide(self, name: str, outcome: Any, reason: str) -> None:
         """Record a decision the agent's code took, with its reason."""
@@ -198,6 +189,10 @@ class Run:
             raise self._refusal
         if abandoned():
             raise Stopped("the tool that wanted this has run out of time")  # the run itself goes on
+        now = time.perf_counter()
+        if tool is None and now < self._look_again:
+            return
+        self._look_again = now + _LOOK_S
         plane = control()
         if plane is not None and (why := plane.stopped(self.system, self.release, self.agent, tool)):
             self.refuse(Stopped(why))
@@ -318,6 +313,32 @@ class Run:
     def agent(self) -> str | None:
         """The agent at work."""
         return self.inventory.agent if self.inventory else None
+
+
+class _ModelCall:
+    """`Run.model_call`; a class, since two nested generators would cost a tenth of what DSPy takes for a call."""
+
+    __slots__ = ("_inputs", "_model", "_reserved", "_run", "_start", "_step")
+
+    def __init__(self, run: Run, model: str, reserved: dict[str, float], inputs: Any) -> None:
+        self._run, self._model, self._reserved, self._inputs = run, model, reserved, inputs
+
+    def __enter__(self) -> Step:
+        run = self._run
+        run.reserve(**self._reserved)
+        self._start = time.perf_counter()
+        self._step = run._step("model", self._model, started=self._start, inputs=self._inputs, model=self._model)
+        return self._step
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        step, run = self._step, self._run
+        if error is not None:
+            step.error = f"{type(error).__name__}: {error}"
+            if isinstance(error, Exception):
+                run.failures += 1
+        used = {"model_calls": 1, "tokens_in": step.tokens_in, "tokens_out": step.tokens_out, "usd": step.usd}
+        run.ledger.settle(self._reserved, used)
+        step.seconds = time.perf_counter() - self._start
 
 
 def _chain(parent: Run | None, system: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "notebooks"))
 
 import against_peers
+import concurrency
 import dspy
 import guarding
 import numpy as np
@@ -219,6 +220,7 @@ def main() -> None:
     call_overhead()
     imports()
     evaluation_throughput()
+    concurrency.measure(note)
     warm_runner.measure(note)
     guarding.measure(note)
     for name, label in (("banking77", "category"), ("hwu64", "intent")):

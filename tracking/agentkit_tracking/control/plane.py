@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # How old a process's knowledge of the stops may be, seconds: the time within which a stop or its end holds everywhere. A
 # second is less than an operator needs to look up, and a read (0.3 ms) each second costs a process nothing.
 HOLDS_WITHIN_S = 1.0
+_READ_AGAIN_S = 0.9  # a run looks at most 0.05 s later
 
 
 _log = logging.getLogger("agentkit.notices")
@@ -69,7 +70,7 @@ class ControlPlane:
             ControlError: whether it is stopped cannot be read, so nothing may run.
         """
         where, now, known = place(), clock.monotonic(), self._known
-        if known is None or known[0] != where or not 0 <= now - known[1] < HOLDS_WITHIN_S:
+        if known is None or known[0] != where or not 0 <= now - known[1] < _READ_AGAIN_S:
             known = self._read_stops(where)
         if isinstance(known[2], str):
             raise ControlError(known[2])
@@ -134,7 +135,7 @@ class ControlPlane:
     def _read_stops(self, where: Place) -> tuple[Place, float, tuple[Stop, ...] | str]:
         with self._reading:  # the others wait: what they know is too old to go by
             known, now = self._known, clock.monotonic()
-            if known is not None and known[0] == where and 0 <= now - known[1] < HOLDS_WITHIN_S:
+            if known is not None and known[0] == where and 0 <= now - known[1] < _READ_AGAIN_S:
                 return known
             found: tuple[Stop, ...] | str
             try:
