@@ -39,7 +39,7 @@ def test_commands_in_the_readme_exist():
     from agentkit_pipelines.cli import app
 
     known = set(get_command(app).commands)
-    named = set(re.findall(r"`agentkit (\w+)", README)) | {"list", "show", "diff", "log", "data", "ui", "doctor"}
+    named = set(re.findall(r"`agentkit ([\w-]+)", README)) | {"list", "show", "diff", "log", "data", "ui", "doctor"}
     assert named <= known
     assert known <= named
 

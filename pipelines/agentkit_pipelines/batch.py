@@ -23,6 +23,7 @@ from agentkit.records import RunRecord
 from agentkit.systems import System
 from agentkit_tracking import loading, registry
 from agentkit_tracking.home import write_whole
+from agentkit_tracking.rules import is_production
 
 Progress = Callable[[int, int], None]
 
@@ -133,9 +134,12 @@ def _pinned_release(reference: str, folder: Path, source: Path, id_column: str, 
         raise UsageError(f"{folder} holds a started batch of another release; delete it to begin anew")
     if not began:
         folder.mkdir(parents=True, exist_ok=True)
-        began = {"release": manifest.release_id, "source_sha256": digest, "id_column": id_column}
+        stage = "production" if is_production(reference.partition("@")[2]) else "draft"
+        began = {"release": manifest.release_id, "source_sha256": digest, "id_column": id_column, "stage": stage}
         write_whole(pin, json.dumps(began).encode())
-    return loading.load_folder(fetched, manifest), manifest.release_id
+    system = loading.load_folder(fetched, manifest)
+    system.stage = began.get("stage", "draft")
+    return system, manifest.release_id
 
 
 def _inputs(system: System, frame: pl.DataFrame) -> list[dict[str, Any]]:

@@ -34,11 +34,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(approvals_cli.approvals_app, name="approvals")
-app.add_typer(budget_cli.budget_app, name="budget")
-app.add_typer(data_cli.data_app, name="data")
-app.add_typer(mcp_cli.mcp_app, name="mcp")
-app.add_typer(trust_cli.keys_app, name="keys")
+ROAD, RUN, LOOK, OPERATE, MACHINE = "The road of a version", "Run", "Look", "Operate", "This machine"
+app.add_typer(approvals_cli.approvals_app, name="approvals", rich_help_panel=OPERATE)
+app.add_typer(budget_cli.budget_app, name="budget", rich_help_panel=OPERATE)
+app.add_typer(data_cli.data_app, name="data", rich_help_panel=ROAD)
+app.add_typer(mcp_cli.mcp_app, name="mcp", rich_help_panel=RUN)
+app.add_typer(trust_cli.keys_app, name="keys", rich_help_panel=MACHINE)
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def main() -> None:
 # ---- register
 
 
-@app.command()
+@app.command(rich_help_panel=ROAD)
 def register(
     source: Annotated[str, typer.Argument(help="FILE.py or FILE.ipynb, with :NAME if not `system`")],
     prepare: Annotated[str | None, typer.Option(help="function of the file that tunes the system first")] = None,
@@ -81,18 +82,18 @@ def register(
     tools_cli.show_findings(tools_cli.registration_findings(registry.fetch_version(version)[1].spec))
 
 
-app.command("lint-tools")(tools_cli.lint_tools)
-app.command()(gate_cli.evaluate)
-app.command()(gate_cli.chaos)
-app.command()(gate_cli.promote)
-app.command()(gate_cli.rollback)
-app.command()(gate_cli.withdraw)
+app.command("lint-tools", rich_help_panel=ROAD)(tools_cli.lint_tools)
+app.command(rich_help_panel=ROAD)(gate_cli.evaluate)
+app.command(rich_help_panel=ROAD)(gate_cli.chaos)
+app.command(rich_help_panel=ROAD)(gate_cli.promote)
+app.command(rich_help_panel=ROAD)(gate_cli.rollback)
+app.command(rich_help_panel=ROAD)(gate_cli.withdraw)
 
 
 # ---- run and batch
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def run(
     reference: Annotated[str, typer.Argument(help="name@alias, name/3, a release id, or FILE.py[:NAME] for a draft")],
     text: Annotated[str, typer.Argument(help="the first input")],
@@ -158,7 +159,7 @@ def _ask(request: Any) -> bool:
     )
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def batch(
     reference: Reference,
     source: Annotated[Path, typer.Argument(help="CSV, Parquet or JSONL")],
@@ -197,7 +198,7 @@ def batch(
 # ---- look
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=LOOK)
 def list_(system: Annotated[str | None, typer.Argument(help="name; all systems without it")] = None) -> None:
     """List systems and their versions with aliases and last verdicts; what no trusted key signed is unproven."""
     from datetime import datetime
@@ -235,7 +236,7 @@ def _verdict(version: Any) -> str:
     return f"{shown or 'none'} (unproven)" if evaluation_check(version).problem else shown
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def show(reference: Reference) -> None:
     """Show one release: prompts, tools and permissions, budget, model, files, verdict."""
     from rich.markup import escape
@@ -265,7 +266,7 @@ def show(reference: Reference) -> None:
         console.print(escape(registry.prompt_text(state)))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def diff(old: Reference, new: Reference) -> None:
     """Show what differs between two releases: prompts, tools, budget, model, files, source text."""
     from agentkit_pipelines.comparison import differences
@@ -287,7 +288,7 @@ def diff(old: Reference, new: Reference) -> None:
         console.print("no difference: the same release")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK)
 def log(
     query: Annotated[str | None, typer.Argument(help="SQL on the views `runs` and `steps` (DuckDB)")] = None,
     limit: Annotated[int, typer.Option(min=1, help="rows without a query")] = 20,
@@ -311,21 +312,21 @@ def log(
     terminal.console().print(table)
 
 
-app.command()(trust_cli.history)
-app.command()(trust_cli.verify)
-app.command()(trust_cli.reproduce)
+app.command(rich_help_panel=LOOK)(trust_cli.history)
+app.command(rich_help_panel=LOOK)(trust_cli.verify)
+app.command(rich_help_panel=LOOK)(trust_cli.reproduce)
 
 
-app.command()(control_cli.stop)
-app.command()(control_cli.resume)
-app.command()(incident_cli.explain)
-app.command()(incident_cli.replay)
+app.command(rich_help_panel=OPERATE)(control_cli.stop)
+app.command(rich_help_panel=OPERATE)(control_cli.resume)
+app.command(rich_help_panel=LOOK)(incident_cli.explain)
+app.command(rich_help_panel=LOOK)(incident_cli.replay)
 
 
 # ---- services
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
     host: Annotated[
@@ -357,7 +358,7 @@ def ui(
     os.execv(sys.executable, arguments)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINE)
 def doctor(
     repair: Annotated[bool, typer.Option("--repair", help="mend what can be mended: prompt aliases")] = False,
     port: Annotated[int, typer.Option(help="of the UI")] = 5000,

@@ -143,16 +143,19 @@ def _exit_code_of(verdict: str) -> int:
 def _show_estimate(plan: Plan) -> None:
     from agentkit.examples import read_examples
     from agentkit_pipelines import evaluation
+    from agentkit_pipelines.thresholds import load_thresholds
     from agentkit_tracking import loading, registry
 
     os.environ["AGENTKIT_TRACES"] = "off"
     loading.require_trusted(plan.version, plan.trust)
     system = loading.load_folder(*registry.fetch_version(plan.version))
     repeats = plan.repeats or evaluation.default_repeats(system)
-    found = evaluation.estimate(system, read_examples(plan.golden), repeats, plan.workers)
+    examples = read_examples(plan.golden)
+    found = evaluation.estimate(system, examples, repeats, plan.workers)
+    extra = len(examples) if plan.thresholds and load_thresholds(plan.thresholds).wants_chaos else 0
     usd = "unknown: no price for this model" if found.usd is None else f"{found.usd:.2f}"
     terminal.console().print(
-        f"{found.runs} runs ({repeats} repeats), about {found.calls} model calls, {found.tokens_in} tokens in, "
+        f"{found.runs} runs ({repeats} repeats{f', {extra} more under faults not counted in' if extra else ''}), about {found.calls} model calls, {found.tokens_in} tokens in, "
         f"{found.tokens_out} out, USD {usd}, {found.minutes:.1f} minutes with {system.lm.model}"
     )
 
