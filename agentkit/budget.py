@@ -120,7 +120,9 @@ class Ledger:
 
     def settle(self, reserved: dict[str, float], actual: dict[str, float]) -> None:
         """Replace a reservation by what was really used; an amount nobody knows (NaN) stays as it was reserved."""
-        actual = {name: reserved.get(name, 0.0) if x != x else x for name, x in actual.items()}  # only NaN is not itself
+        actual = {
+            name: reserved.get(name, 0.0) if x != x else x for name, x in actual.items()
+        }  # only NaN is not itself
         used = self._used
         with self._lock:
             for name, amount in reserved.items():

@@ -31,7 +31,8 @@ def call_tool(run: Run, tool: AnyTool, arguments: Values) -> Any:
     _check(run, tool, values)
     cost = {"tool_calls": 1.0, "usd": tool.cost_usd}
     run.reserve(**cost)  # held while a person is asked; the first try uses it up
-    if (kept := tool.line.cached(values)) is not None:
+    # What stands around calls sees all of them: a journal that was not told of one could not be followed again.
+    if not run.interceptors and (kept := tool.line.cached(values)) is not None:
         run.ledger.settle(cost, {"tool_calls": 1.0})
         run.note("tool", tool.name, inputs=jsonable(values), outputs=jsonable(kept[0]), cached=True)
         return kept[0]

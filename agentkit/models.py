@@ -114,6 +114,7 @@ class MeteredLM(dspy.LM):  # type: ignore[misc]
     def _within(self, taps: tuple[Interceptor, ...], asked: Asked, run: Run | None) -> Answer:
         request, made = self._data(asked), False
         call = _call_outside(self.model, request) if run is None else run.next_call("model", self.model, request)
+        known = 0 if run is None else len(run.steps)
 
         def proceed() -> dict[str, Any]:
             nonlocal made
@@ -121,8 +122,8 @@ class MeteredLM(dspy.LM):  # type: ignore[misc]
             return self._answer(asked, run, (taps, call)).reply()
 
         answer = Answer.of_reply(around(taps, call, proceed))
-        if not made and run is not None:
-            # A journal has given back what an earlier process paid for: it counts, but nothing has to be set aside.
+        if not made and run is not None and len(run.steps) == known:
+            # Answered from a recording that left no trace in the run: it counts, but nothing has to be set aside.
             with run.model_call(answer.model, {}) as step:
                 answer.write_to(step)
         return answer

@@ -120,11 +120,11 @@ class NodeRun(Run):
         assert whole.board is not None
         self.board = whole.board.view(node, of, self)
 
-    def heed(self, tool: str | None = None) -> None:
+    def heed(self, tool: str | None = None, *, at_once: bool = False) -> None:
         """As of any run; and what has ended the whole ends its agents."""
         if self.over:
             raise Stopped("the orchestration this agent is part of has ended")
-        super().heed(tool)
+        super().heed(tool, at_once=at_once)
 
     def to(self, target: State, reason: str) -> None:
         """As of any run; while it waits for a person, so does the whole."""
@@ -392,7 +392,7 @@ class _Pass:
             self.run.partial[node] = record.result
             outcome = Outcome(node, "done", "", False, record.result, record, child.board)
         self._settle(outcome)
-        self.run.heed()  # what has ended the whole may have reached this agent first
+        self.run.heed(at_once=True)  # what has ended the whole may have reached this agent first
 
     def _back_from_waiting(self) -> None:
         """An agent whose question failed leaves the whole waiting; unless another asks, it goes on."""

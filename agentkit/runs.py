@@ -55,7 +55,8 @@ class Run:
         parent: Run | None = None,
         run_id: str | None = None,
     ) -> None:
-        self.run_id = run_id or uuid.uuid4().hex
+        # That of a run called by another follows from it: a durable run that is taken up again finds its parts.
+        self.run_id = run_id or (uuid.uuid4().hex if parent is None else parent.id_for(system))
         self.system, self.inputs, self.release, self.kind, self.stage = system, inputs, release, kind, stage
         self.caller = caller()
         self.state = State.IDLE
@@ -81,7 +82,7 @@ class Run:
         self.inventory: Inventory | None = None
         self._refusal: Refusal | None = None
         self.asking = threading.Lock()
-        self._numbers = itertools.count()
+        self._numbers, self._children = itertools.count(), itertools.count()
         self._plans = self.failures = 0
         self._look_again = 0.0
         self._started_at = clock.utc()
@@ -150,6 +151,20 @@ class Run:
         """Reserve, time, record and settle one model call; the caller fills tokens and usd into the step."""
         return _ModelCall(self, model, reserved, inputs)
 
+    def id_for(self, part: str) -> str:
+        """The id of the next run that this one calls."""
+        return hashlib.sha256(f"{self.run_id}/{part}/{next(self._children)}".encode()).hexdigest()[:32]
+
+    def skip_calls(self, count: int) -> None:
+        """Number the next call `count` higher: so many were made by an earlier process."""
+        for _ in range(count):
+            next(self._numbers)
+
+    def let_pass(self, seconds: float) -> None:
+        """Count `seconds` that an earlier process spent in the present state."""
+        self._t0 -= seconds
+        self._entered -= seconds
+
     def decide(self, name: str, outcome: Any, reason: str) -> None:
         """Record a decision the agent's code took, with its reason."""
         self.note("decision", name, inputs=reason, outputs=jsonable(outcome))
@@ -180,17 +195,21 @@ class Run:
 
     # ---- rules
 
-    def heed(self, tool: str | None = None) -> None:
-        """Raise what forbids going on (with `tool`): an earlier refusal, a stop, a try that has been given up."""
+    def heed(self, tool: str | None = None, *, at_once: bool = False) -> None:
+        """Raise what forbids going on (with `tool`): an earlier refusal, a stop, a try that has been given up.
+
+        A stop is noticed within `_LOOK_S`; before a tool, and `at_once`, without delay.
+        """
+        at_once = at_once or tool is not None
         if self.parent is not None:
-            self.parent.heed()  # what ends the caller ends whom it called
+            self.parent.heed(at_once=at_once)  # what ends the caller ends whom it called
         # Code around a call may catch everything (dspy.ReAct does); a refused run ends all the same.
         if self._refusal is not None:
             raise self._refusal
         if abandoned():
             raise Stopped("the tool that wanted this has run out of time")  # the run itself goes on
         now = time.perf_counter()
-        if tool is None and now < self._look_again:
+        if not at_once and now < self._look_again:
             return
         self._look_again = now + _LOOK_S
         plane = control()

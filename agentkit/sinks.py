@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -15,6 +16,17 @@ from agentkit.records import RunRecord
 
 Sink = Callable[[RunRecord], None]
 _added: list[Sink] = []
+_through: ContextVar[Callable[[RunRecord, Sink], None] | None] = ContextVar("agentkit_emitting", default=None)
+
+
+@contextmanager
+def emitting_through(through: Callable[[RunRecord, Sink], None]) -> Iterator[None]:
+    """Records that come up inside go to `through(record, emit)`, which hands them over once: a durable run's journal."""
+    token = _through.set(through)
+    try:
+        yield
+    finally:
+        _through.reset(token)
 
 
 @cache
@@ -24,6 +36,14 @@ def _installed() -> tuple[Sink, ...]:
 
 def emit(record: RunRecord) -> None:
     """Hand a finished record to every sink. A sink that raises stops the caller: an unrecorded run is a fault."""
+    through = _through.get()
+    if through is not None:
+        through(record, _hand_over)
+    else:
+        _hand_over(record)
+
+
+def _hand_over(record: RunRecord) -> None:
     for sink in (*_installed(), *_added):
         sink(record)
 

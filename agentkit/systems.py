@@ -193,33 +193,41 @@ class System(dspy.Module):  # type: ignore[misc]
     def _run(
         self, inputs: dict[str, Any], kind: str, ledger: Ledger | None = None
     ) -> tuple[RunRecord, BaseException | None]:
-        self._check_inputs(inputs)
-        self._meter()
+        self.check_inputs(inputs)
         lm = self.lm  # built before the clock starts
         caller_run = current_run()
         if caller_run is not None:  # a part of that run, an evaluation say
             kind = caller_run.kind
-        run = Run(
-            self.name,
+        run = self.open_run(
             inputs,
-            budget=self.budget,
-            ledger=ledger,
-            release=self.release,
             kind=kind,
+            ledger=ledger,
             approver=_approver.get(),
-            autonomy=self.autonomy,
             stage=caller_run.stage if caller_run is not None else self.stage,
-            daily=self._ledgers_of_the_day(kind),
+            daily=self.ledgers_of_the_day(kind),
             parent=caller_run,  # whose budget it spends
         )
-        with dspy.context(lm=lm, adapter=repairing(dspy.settings.adapter), **{DSPY_SETTING: run}):
+        with self.in_charge(run, lm):
             record, error = run.carry_out(lambda r: self.work(r, inputs))
         if caller_run is not None:
             run.absorb()
         emit(record)
         return record, error
 
-    def _ledgers_of_the_day(self, kind: str) -> tuple[Ledger, ...]:
+    def open_run(self, inputs: dict[str, Any], **options: Any) -> Run:
+        """A run of this system that has not begun; `options` as for `Run`."""
+        return Run(self.name, inputs, budget=self.budget, release=self.release, autonomy=self.autonomy, **options)
+
+    @contextmanager
+    def in_charge(self, run: Run, lm: Any = None) -> Iterator[None]:
+        """Calls of predictors inside belong to `run`: metered, on the system's model, with one repair."""
+        self._meter()
+        lm, adapter = lm or self.lm, repairing(dspy.settings.adapter)
+        with dspy.context(lm=lm, adapter=adapter, **{DSPY_SETTING: run}):
+            yield
+
+    def ledgers_of_the_day(self, kind: str) -> tuple[Ledger, ...]:
+        """What a run of this kind is charged to beside its own budget."""
         if kind in REHEARSALS or (self.daily is None and self.daily_per_user is None):
             return ()
         plane = control()
@@ -249,7 +257,8 @@ class System(dspy.Module):  # type: ignore[misc]
         run.decide("route", choice, f"router answered {dict(answer)!r}")
         return self.agents[choice]
 
-    def _check_inputs(self, inputs: dict[str, Any]) -> None:
+    def check_inputs(self, inputs: dict[str, Any]) -> None:
+        """Raise UsageError where an input is missing or unknown."""
         names, required = self.input_names()
         if missing := sorted(required - inputs.keys()):
             raise UsageError(f"{self.name} needs {sorted(required)!r}; missing: {missing!r}")

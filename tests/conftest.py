@@ -59,6 +59,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "AGENTKIT_SIGNING_KEY_FILE",
         "AGENTKIT_TRUST",
         "AGENTKIT_CONTROL",
+        "AGENTKIT_DURABLE",
         "AGENTKIT_WEBHOOK_URL",
         "AGENTKIT_WEBHOOK_SECRET",
         "AGENTKIT_APPROVAL_HOURS",

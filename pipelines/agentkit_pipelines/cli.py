@@ -15,6 +15,7 @@ from agentkit_pipelines import (
     budget_cli,
     control_cli,
     data_cli,
+    durable_cli,
     gate_cli,
     incident_cli,
     mcp_cli,
@@ -104,6 +105,9 @@ def run(
     wait: Annotated[
         bool, typer.Option("--wait", help="wait for a decision by `agentkit approvals` or its page, up to a day")
     ] = False,
+    durable: Annotated[
+        bool, typer.Option("--durable", help="keep it through a kill of this process; waits for people")
+    ] = False,
     user: Annotated[str | None, typer.Option(help="on whose behalf: for checks and budgets per user")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the whole record as JSON")] = False,
     trust: Trusted = False,
@@ -113,11 +117,14 @@ def run(
 
     from agentkit.callers import acting_for
     from agentkit.systems import approve_with
+    from agentkit_pipelines.durable_cli import run_durably
     from agentkit_tracking import loading, source
     from agentkit_tracking.control.approvals import desk_approver
 
     os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
+    if durable and (approve or trust or user):
+        raise UsageError("--durable goes with neither --approve, --trust nor --user: another process may go on with it")
     draft = source.load_entry(source.parse_entry(reference)) if is_file else None
     system = draft or loading.load(_in_force(reference), trust=trust)
     names, required = system.input_names()
@@ -129,7 +136,7 @@ def run(
         raise UsageError("--approve asks here, --wait waits for somebody else; choose one")
     approver = _ask if approve else desk_approver() if wait else None
     with acting_for(user) if user else nullcontext(), approve_with(approver) if approver else nullcontext():
-        record = system.run(**inputs)
+        record = run_durably(_in_force(reference), inputs) if durable else system.run(**inputs)
     if as_json:
         print(record.to_json().decode())
     else:
@@ -317,6 +324,8 @@ app.command(rich_help_panel=LOOK)(trust_cli.verify)
 app.command(rich_help_panel=LOOK)(trust_cli.reproduce)
 
 
+app.command(rich_help_panel=OPERATE)(durable_cli.runs)
+app.command(rich_help_panel=OPERATE)(durable_cli.work)
 app.command(rich_help_panel=OPERATE)(control_cli.stop)
 app.command(rich_help_panel=OPERATE)(control_cli.resume)
 app.command(rich_help_panel=LOOK)(incident_cli.explain)

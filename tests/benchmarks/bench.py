@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import against_peers
 import concurrency
 import dspy
+import durable
 import guarding
 import numpy as np
 import polars as pl
@@ -221,6 +222,7 @@ def main() -> None:
     imports()
     evaluation_throughput()
     concurrency.measure(note)
+    durable.measure(note)
     warm_runner.measure(note)
     guarding.measure(note)
     for name, label in (("banking77", "category"), ("hwu64", "intent")):
