@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from agentkit.approvals import ApprovalRequest, Decision
     from agentkit.autonomy import Autonomy
     from agentkit.blackboard import Blackboard
-    from agentkit.budget import Budget, Ledger
+    from agentkit.budget import Budget, DailyBudget, Ledger
     from agentkit.callers import acting_for
     from agentkit.calls import intercept
     from agentkit.cassettes import cassette
@@ -40,6 +40,7 @@ _HOME = {
     "Autonomy": "autonomy",
     "Blackboard": "blackboard",
     "Budget": "budget",
+    "DailyBudget": "budget",
     "Decision": "approvals",
     "Edge": "flows",
     "Example": "examples",
@@ -77,6 +78,7 @@ __all__ = [
     "Autonomy",
     "Blackboard",
     "Budget",
+    "DailyBudget",
     "Decision",
     "Edge",
     "Example",

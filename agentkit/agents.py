@@ -111,6 +111,11 @@ class Agent(dspy.Module):  # type: ignore[misc]
         for phase in ("plan", "execute", "reflect"):
             if getattr(type(self), phase) is getattr(Agent, phase):
                 raise SourceError(f"agent class {type(self).__name__} does not write the phase `{phase}`")
+        for what in ("tools", "forbidden_tools"):
+            if not isinstance(getattr(self, what), list | tuple):
+                raise SourceError(f"agent {self.name!r}: `{what}` must be a tuple; is a comma missing in ({what},)?")
+        if wrong := [tool for tool in self.tools if not isinstance(tool, Tool)]:
+            raise SourceError(f"agent {self.name!r}: {wrong[0]!r} is no tool; put @ak.tool before the function")
         names = {tool.name for tool in self.tools}
         if both := sorted(names & set(self.forbidden_tools)):
             raise SourceError(f"agent {self.name!r}: {both[0]!r} is among its tools and forbidden to it")

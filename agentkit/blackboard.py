@@ -20,11 +20,40 @@ BOARD = "blackboard"  # the name of the step that keeps a board in the record of
 
 
 class Claims:
-    """Which agent of a run tree writes to which thing; the first to write keeps it until the run is over."""
+    """What the agents of a run tree write: to which thing, and which calls have been made already.
+
+    The first to write to a thing keeps it until the run is over.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._owners: dict[tuple[str, str], str] = {}
+        self._written: set[tuple[str, str]] = set()
+        self._made: set[tuple[str, bytes]] = set()
+
+    def begin(self, tool: str, arguments: bytes) -> bool:
+        """Note that this very call is being made; False if it was noted before, by whichever agent."""
+        with self._lock:
+            new = (tool, arguments) not in self._made
+            self._made.add((tool, arguments))
+        return new
+
+    def undo(self, tool: str, arguments: bytes) -> None:
+        """The call was not made after all."""
+        with self._lock:
+            self._made.discard((tool, arguments))
+
+    def keep(self, kind: str, value: Any) -> None:
+        """The thing has been written to."""
+        with self._lock:
+            self._written.add((kind, repr(value)))
+
+    def give_back(self, kind: str, value: Any, agent: str) -> None:
+        """Free a thing that `agent` has claimed and not written to."""
+        with self._lock:
+            key = (kind, repr(value))
+            if key not in self._written and self._owners.get(key) == agent:
+                del self._owners[key]
 
     def take(self, kind: str, value: Any, agent: str) -> ConflictingWrite | None:
         """Claim the thing `value` of a kind (`order_id`, say) for `agent`; the error if it is another's."""

@@ -33,6 +33,18 @@ class Budget:
         return cls(**{f.name: None for f in fields(cls)})
 
 
+@dataclass(frozen=True)
+class DailyBudget(Budget):
+    """Upper limits of a UTC day; nothing is limited but what is named."""
+
+    model_calls: float | None = None
+    tool_calls: float | None = None
+    tokens_in: float | None = None
+    tokens_out: float | None = None
+    usd: float | None = None
+    seconds: None = None  # of no meaning for a day
+
+
 AMOUNTS = tuple(f.name for f in fields(Budget) if f.name != "seconds")
 
 
@@ -63,7 +75,7 @@ class Ledger:
         """The largest used share of any limit of this ledger itself (0 to 1 and above), and of which."""
         used = self.used
         shares = [
-            (1.0 if limit == 0 else used[name] / limit, name)
+            (float(used[name] > 0) if limit == 0 else used[name] / limit, name)
             for name in used
             if (limit := getattr(self.budget, name)) is not None
         ]
@@ -83,7 +95,7 @@ class Ledger:
 
     def excuse(self, seconds: float) -> None:
         """Take `seconds` of waiting off the wall time used, here and above; negative seconds are added."""
-        self._opened += seconds
+        self._opened = min(self._opened + seconds, clock.monotonic())  # waits side by side do not add up
         for parent in self._parents:
             parent.excuse(seconds)
 
@@ -102,6 +114,8 @@ class Ledger:
             raise BudgetExceeded("seconds", self.budget.seconds, elapsed, 0)
         with self._lock:
             for name, amount in amounts.items():
+                if not amount >= 0:
+                    raise ValueError(f"expected {name} of 0 or more to reserve, got {amount!r}")
                 limit = getattr(self.budget, name)
                 if limit is not None and self._used[name] + amount > limit + 1e-12:
                     raise BudgetExceeded(name, limit, self._used[name], amount)

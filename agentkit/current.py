@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from agentkit.runs import Run
 
+OPEN: set[int] = set()  # ids of runs under way in this process
 CURRENT: ContextVar[Run | None] = ContextVar("agentkit_run", default=None)
 DSPY_SETTING = "agentkit_run"  # DSPy hands its settings, but no context variables, to the threads it starts
 

@@ -31,6 +31,7 @@ from agentkit.jsonable import canonical, jsonable
 from agentkit.model_cache import AnswerCache, key_of, note_use, shared_cache
 from agentkit.model_errors import advice, falls_back, is_outage
 from agentkit.retries import again
+from agentkit.runs import REHEARSALS
 from agentkit.settings import EMBEDDED, SETTINGS_FILE, Price, Settings, load_settings, resolve_name
 
 if TYPE_CHECKING:
@@ -90,7 +91,12 @@ class MeteredLM(dspy.LM):  # type: ignore[misc]
         kwargs["cache"] = False
         asked, run = Asked(prompt, messages, kwargs), current_run()
         taps = _outside() if run is None else run.interceptors
-        answer = self._within(taps, asked, run) if taps else self._answer(asked, run, None)
+        try:
+            answer = self._within(taps, asked, run) if taps else self._answer(asked, run, None)
+        except ModelError:
+            if run is not None:
+                run.failures += 1  # a call that a retry or another model saved is none
+            raise
         return answer.outputs if answer.typed is None else answer.typed
 
     async def acall(self, prompt: Any = None, *, messages: Any = None, **kwargs: Any) -> Any:
@@ -167,7 +173,7 @@ class MeteredLM(dspy.LM):  # type: ignore[misc]
 
     def _cache(self, asked: Asked, run: Run | None) -> tuple[AnswerCache | None, str]:
         settings = cast("Settings", self.settings).cache
-        if run is not None and run.kind == "evaluation" and not settings.evaluations:
+        if run is not None and run.kind in REHEARSALS and not settings.evaluations:
             return None, ""
         release = "" if run is None else run.release or f"draft of {run.system}"
         request = self._data(asked)

@@ -16,6 +16,7 @@ class Step:
 
     `name` is the target state, predictor, tool or decision; times are seconds, `started` counted from the start
     of the run; `usd` is what the step cost by the price table; `cached` says that it was answered from memory.
+    Of a tool `tries` counts the attempts, the repeated ones included, and `usd` is what they cost.
     """
 
     kind: StepKind
@@ -32,6 +33,7 @@ class Step:
     usd: float = 0.0
     error: str | None = None
     cached: bool = False
+    tries: int = 0  # of a tool
 
 
 @dataclass(slots=True)

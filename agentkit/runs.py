@@ -20,7 +20,7 @@ from agentkit.budget import Budget, Ledger
 from agentkit.callers import caller
 from agentkit.calls import Call, Kind, around, interceptors
 from agentkit.control import Notice, control
-from agentkit.current import CURRENT
+from agentkit.current import CURRENT, OPEN
 from agentkit.errors import BudgetExceeded, DelegationRefused, IllegalTransition, Refusal, Stopped
 from agentkit.governed import call_tool
 from agentkit.jsonable import jsonable
@@ -81,7 +81,7 @@ class Run:
         self.approver = approver
         self.inventory: Inventory | None = None
         self._refusal: Refusal | None = None
-        self.asking = threading.Lock()
+        self.asking = threading.RLock()
         self._numbers, self._children = itertools.count(), itertools.count()
         self._plans = self.failures = 0
         self._look_again = 0.0
@@ -206,6 +206,8 @@ class Run:
         # Code around a call may catch everything (dspy.ReAct does); a refused run ends all the same.
         if self._refusal is not None:
             raise self._refusal
+        if self.state in (State.DONE, State.FAILED):
+            raise Stopped("this run is over")  # a thread it left behind
         if abandoned():
             raise Stopped("the tool that wanted this has run out of time")  # the run itself goes on
         now = time.perf_counter()
@@ -222,6 +224,15 @@ class Run:
         while (left := end - clock.monotonic()) > 0:
             self.reserve()
             clock.sleep(min(left, _STOP_POLL_S))
+
+    def standing(self) -> tuple[float | None, int]:
+        """The lowest confidence that it and those that called it state, and how many of their calls have failed."""
+        if self.parent is None:
+            return self.confidence, self.failures
+        above, failures = self.parent.standing()
+        stated = [c for c in (self.confidence, above) if c is not None]
+        lowest = next((c for c in stated if not _is_share(c)), None)
+        return (min(stated, default=None) if lowest is None else lowest), failures + self.failures
 
     def budget_used(self) -> float:
         """The largest used share of any limit, of the run, of whoever called it, or of the day."""
@@ -260,17 +271,20 @@ class Run:
             end the run as FAILED, too, and are handed back for the caller to raise.
         """
         token, result, error = CURRENT.set(self), None, None
+        OPEN.add(id(self))
         try:
             self.heed()
             result = work(self)
             self.heed()
             self.to(State.DONE, "result is valid")
         except BaseException as e:
-            error = e
+            # Whatever came of going on after a refusal, the refusal is why it ended.
+            error = self._refusal if self._refusal is not None and isinstance(e, Exception) else e
             if self.state not in (State.DONE, State.FAILED):
-                self.to(State.FAILED, f"{type(e).__name__}: {e}")
+                self.to(State.FAILED, f"{type(error).__name__}: {error}")
         finally:
             CURRENT.reset(token)
+            OPEN.discard(id(self))
         return self._finish(result, error), error
 
     def _finish(self, result: Any, error: BaseException | None) -> RunRecord:
@@ -298,10 +312,10 @@ class Run:
             partial=None if error is None or not self.partial else jsonable(self.partial),
             waited_s=self._in_state.get(State.AWAITING_HUMAN, 0.0),
             model_calls=len(models),
-            tool_calls=sum(s.kind == "tool" for s in self.steps),
+            tool_calls=sum(s.tries for s in self.steps),
             tokens_in=sum(s.tokens_in for s in models),
             tokens_out=sum(s.tokens_out for s in models),
-            usd=sum(s.usd for s in models),
+            usd=sum(s.usd for s in models) + sum(s.usd for s in self.steps if s.kind == "tool"),
             steps=self.steps,
             result=result if error is None else None,
         )
@@ -353,11 +367,13 @@ class _ModelCall:
         step, run = self._step, self._run
         if error is not None:
             step.error = f"{type(error).__name__}: {error}"
-            if isinstance(error, Exception):
-                run.failures += 1
         used = {"model_calls": 1, "tokens_in": step.tokens_in, "tokens_out": step.tokens_out, "usd": step.usd}
         run.ledger.settle(self._reserved, used)
         step.seconds = time.perf_counter() - self._start
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def _chain(parent: Run | None, system: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import dspy
 
 from agentkit.agents import Agent, parameters_of
 from agentkit.autonomy import Autonomy
-from agentkit.budget import Budget, Ledger
+from agentkit.budget import Budget, DailyBudget, Ledger
 from agentkit.callers import caller
 from agentkit.control import control
 from agentkit.current import DSPY_SETTING, current_run
@@ -76,8 +76,8 @@ class System(dspy.Module):  # type: ignore[misc]
         router: dspy.Predict | None = None,
         model: str = "fast",
         budget: Budget | None = None,
-        daily: Budget | None = None,
-        daily_per_user: Budget | None = None,
+        daily: DailyBudget | None = None,
+        daily_per_user: DailyBudget | None = None,
         autonomy: Autonomy | None = None,
         fallback_agent: str | None = None,
         success: Metric | None = None,
@@ -89,6 +89,10 @@ class System(dspy.Module):  # type: ignore[misc]
             raise SourceError(f"system name {name!r}: use letters, digits and underscores, beginning with a letter")
         for agent in agents:
             agent.check()
+        if not all(isinstance(limit, DailyBudget | None) for limit in (daily, daily_per_user)):
+            raise SourceError(
+                f"system {name!r}: give a day's limits as ak.DailyBudget; a Budget's defaults are a run's"
+            )
         self.name = name
         self.router = router
         self.agents = {agent.name: agent for agent in agents}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeA
 
 from agentkit.approvals import ApprovalRequest, Approver
 from agentkit.autonomy import Criticality, Permission
-from agentkit.current import current_run
+from agentkit.current import OPEN, current_run
 from agentkit.errors import ToolFailed, UsageError
 from agentkit.tool_calls import Line
 
@@ -98,9 +98,12 @@ class Tool(Generic[P, R]):
         criticality = criticality or ("low" if permission == "read" else "medium")
         if criticality not in get_args(Criticality):
             raise UsageError(f"tool {self.name!r}: criticality {criticality!r} is none of {get_args(Criticality)}")
-        for what, value, least in (("cost_usd", cost_usd, 0), ("tries", tries, 1)):
-            if not least <= value < float("inf"):
-                raise UsageError(f"tool {self.name!r}: {what} must be a number from {least}, got {value!r}")
+        if not 0 <= cost_usd < float("inf"):
+            raise UsageError(f"tool {self.name!r}: cost_usd must be a number from 0, got {cost_usd!r}")
+        if tries not in (1, 2, 3):
+            raise UsageError(f"tool {self.name!r}: tries must be 1, 2 or 3, got {tries!r}")
+        if idempotent not in (None, True, False):
+            raise UsageError(f"tool {self.name!r}: idempotent must be True, False or None, got {idempotent!r}")
         for what, limit in (("timeout_s", timeout_s), ("per_second", per_second), ("cache_s", cache_s)):
             if limit is not None and not 0 < limit < float("inf"):
                 raise UsageError(f"tool {self.name!r}: {what} must be None or a number above 0, got {limit!r}")
@@ -117,6 +120,10 @@ class Tool(Generic[P, R]):
         self.check, self.writes_to = check, writes_to
         self.line = Line(per_second, cache_s)
         known = self._arguments.names
+        if fallback is not None and (other := known ^ fallback._arguments.names):
+            raise UsageError(
+                f"tool {self.name!r}: its fallback {fallback.name!r} must take the same arguments; {sorted(other)!r} differ"
+            )
         if unknown := self.human_at.keys() - known:
             raise UsageError(f"tool {self.name!r}: human_at names {sorted(unknown)!r}, which are no parameters of it")
         if writes_to is not None and writes_to not in known:
@@ -128,6 +135,12 @@ class Tool(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         run = current_run()
         bound = self._bind(*args, **kwargs)
+        if run is None and OPEN:
+            # In a thread that was given no context, say: the call would escape its run's rules.
+            raise UsageError(
+                f"tool {self.name!r} was called outside any run while runs are under way; start threads with "
+                "contextvars.copy_context().run, or call the plain function, tool.function"
+            )
         if run is None:
             return self.invoke(self.validate(bound), key="")
         result: R = run.call(self, **bound)

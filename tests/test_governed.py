@@ -250,9 +250,9 @@ def test_no_fallback_after_a_write_that_may_have_happened() -> None:
 
 
 def test_a_tool_that_keeps_failing_is_left_alone_for_a_while(now: FakeClock) -> None:
-    tool = flaky(5, ValueError("down"))
-    errors = [str(using(tool).error) for _ in range(6)]
-    assert "circuit open" in errors[5]
+    tool = flaky(5, ConnectionError("down"))
+    assert "failed after 3 attempts (error)" in str(using(tool).error)
+    assert "circuit open" in str(using(tool).error)
     assert len(CALLS) == 5
     now.tick(31)
     assert using(tool).output == {"value": "from A"}
@@ -430,7 +430,7 @@ def test_after_two_failures_and_near_the_end_of_a_budget_writes_wait() -> None:
         return [run.call(pay, place=str(i)) for i in range(5)]
 
     record = doing(spent, pay, budget=replace(Budget.unlimited(), tool_calls=5)).run()
-    assert [tier for tier, _ in decisions(record, "tier of pay")] == [1, 1, 1, 3, 3]
+    assert [tier for tier, _ in decisions(record, "tier of pay")] == [1, 1, 1, 1, 3]
 
 
 def test_a_release_in_production_is_watched_more_closely() -> None:
@@ -684,3 +684,226 @@ def test_a_tool_from_a_json_schema_runs_like_any_other() -> None:
         ak.Tool.from_schema("pay", "Pay.", {"type": "nonsense"}, print)
     with pytest.raises(UsageError, match=r"human_at names \['eur'\]"):
         ak.Tool.from_schema("pay", "Pay.", SCHEMA, print, permission="write", human_at={"eur": 1})
+
+
+# ---- ways round the rules that do not lead round them
+
+
+@ak.tool(permission="execute", criticality="high")
+def wipe(disk: str) -> str:
+    """Wipe a disk."""
+    CALLS.append(disk)
+    return "wiped"
+
+
+def test_a_thread_without_the_runs_context_calls_no_tool() -> None:
+    def work(run: Run) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(wipe, disk="a").result()
+
+    record = doing(work).run()
+    assert "was called outside any run while runs are under way" in str(record.error)
+    assert CALLS == []
+    assert wipe("b") == "wiped"  # no run: a plain function
+
+
+def test_a_thread_that_outlives_its_run_calls_nothing_any_more() -> None:
+    from contextvars import copy_context
+
+    tool, go, errors = flaky(0, ValueError()), threading.Event(), list[BaseException]()
+
+    def later(run: Run) -> None:
+        assert go.wait(10)
+        try:
+            run.call(tool, place="A")
+        except BaseException as e:
+            errors.append(e)
+
+    threads: list[threading.Thread] = []
+
+    def work(run: Run) -> str:
+        threads.append(threading.Thread(target=copy_context().run, args=(later, run)))
+        threads[0].start()
+        return "done"
+
+    assert doing(work, tool).run().state == "DONE"
+    go.set()
+    threads[0].join(10)
+    assert (len(errors), CALLS) == (1, [])
+
+
+def test_a_stop_while_a_person_is_asked_ends_the_run_whatever_it_catches() -> None:
+    tool = flaky(0, ValueError(), permission="write", criticality="high")
+
+    def stubborn(run: Run) -> str:
+        try:
+            return str(run.call(tool, place="A"))
+        except Exception:
+            return "swallowed"
+
+    def stopped(request: ak.ApprovalRequest) -> bool:
+        raise Stopped("stopped by ann")
+
+    with ak.approve_with(stopped):
+        assert doing(stubborn, tool).run().error == "Stopped: stopped by ann"
+
+
+def test_a_tool_that_is_stopped_is_not_tried_again(plane: Plane, now: FakeClock) -> None:
+    @ak.tool
+    def flaky_tool(place: str) -> str:
+        """Fail, and be stopped."""
+        CALLS.append(place)
+        plane.stop = lambda system, release, agent, name: "stopped" if name == "flaky_tool" else None
+        raise ConnectionError("reset")
+
+    assert using(flaky_tool).error == "Stopped: stopped"
+    assert CALLS == ["A"]
+
+
+def test_a_refusal_by_the_tool_itself_is_one() -> None:
+    @ak.tool(permission="write", criticality="low")
+    def wary(place: str) -> str:
+        """Refuse."""
+        raise PolicyRefused("wary", "not here")
+
+    def stubborn(run: Run) -> str:
+        try:
+            return str(run.call(wary, place="A"))
+        except Exception:
+            return "swallowed"
+
+    record = doing(stubborn, wary).run()
+    assert record.error == "PolicyRefused: tool 'wary' was not called: not here"
+    assert [e["outcome"] for e in record.effects] == ["failed"]
+
+
+@pytest.mark.parametrize("rounds", [40])
+def test_side_by_side_the_same_write_is_made_once(rounds: int) -> None:
+    from contextvars import copy_context
+
+    @ak.tool(permission="write", criticality="low")
+    def pay(usd: float) -> str:
+        """Pay."""
+        CALLS.append(usd)
+        return "paid"
+
+    def work(run: Run) -> Any:
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(copy_context().run, lambda: run.call(pay, usd=1)) for _ in range(4)]
+            return sorted(str(job.result()) for job in jobs)
+
+    for _ in range(rounds):
+        assert doing(work, pay).run().output == {"value": ["None", "None", "None", "paid"]}
+    assert len(CALLS) == rounds
+
+
+def test_a_system_that_is_called_does_not_repeat_its_callers_write_and_shares_its_doubts() -> None:
+    tool = flaky(0, ValueError(), permission="write", criticality="low")
+    inner = doing(lambda run: run.call(tool, place="A"), tool, name="inner")
+
+    def twice(run: Run) -> Any:
+        return [run.call(tool, place="A"), inner.run().output]
+
+    record = doing(twice, tool).run()
+    assert record.output == {"value": ["from A", {"value": None}]}
+
+    def unsure(run: Run) -> Any:
+        run.confidence = 0.1
+        return inner.run().output
+
+    record = doing(unsure, tool).run()
+    assert record.output == {"value": {"value": None}}
+    assert decisions(record, "tier of fetch") == [(3, "confidence is 0.10, below 0.7")]
+
+
+def test_the_record_counts_tries_and_what_tools_cost(now: FakeClock) -> None:
+    record = using(flaky(2, ConnectionError("reset"), cost_usd=0.4))
+    assert (record.tool_calls, record.usd) == (3, pytest.approx(1.2))
+    assert using(flaky(0, ValueError()), arguments={"place": 7}).tool_calls == 0
+
+
+def test_wrong_questions_do_not_close_a_tool_for_others() -> None:
+    tool = flaky(8, KeyError("no such place"))
+    for _ in range(8):
+        assert "failed (error): KeyError" in str(using(tool).error)
+    assert using(tool).output == {"value": "from A"}
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), UsageError("no such table")])
+def test_whatever_a_tool_raises_is_its_own_failure(error: BaseException) -> None:
+    @ak.tool
+    def odd(place: str) -> str:
+        """Fail oddly."""
+        raise error
+
+    assert str(using(odd).error).startswith("ToolFailed: tool 'odd' failed (error)")
+
+
+def test_a_check_looks_and_does_not_change() -> None:
+    def meddling(arguments: Any, user: str | None) -> None:
+        arguments["place"] = "B"
+
+    tool = flaky(0, ValueError(), check=meddling)
+    assert "does not support item assignment" in str(using(tool).error)
+    assert CALLS == []
+
+
+def test_a_write_belongs_in_execute() -> None:
+    tool = flaky(0, ValueError(), permission="write", criticality="low")
+    system = doing(lambda run: None, tool)
+    type(system.agents["hedgehog"]).plan = lambda self, run, text="": run.call(tool, place="A")  # type: ignore[assignment]
+    assert "was called in PLANNING; call it in `execute`" in str(system.run().error)
+    assert CALLS == []
+
+
+def test_a_claim_is_free_again_when_the_write_was_not_made() -> None:
+    def by(name: str) -> ak.System:
+        return doing(lambda run: run.call(cancel, order_id="A"), cancel, name=name)
+
+    cancel.check, before = None, cancel.check
+    careful = ak.Autonomy(tiers={**ak.Autonomy().tiers, "write": {"low": 3, "medium": 3, "high": 3}})
+    try:
+        first, second = by("first"), by("second")
+        first.autonomy = careful
+        record = doing(lambda run: [first.run().output, second.run().output], cancel).run()
+    finally:
+        cancel.check = before
+    assert record.output == {"value": [{"value": None}, {"value": "cancelled"}]}
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "tries": {"tries": 10},
+    "tries must be": {"tries": 2.5},
+    "idempotent": {"idempotent": "no"},
+    "cost_usd": {"cost_usd": -1},
+    "timeout_s": {"timeout_s": 0},
+}
+
+
+@pytest.mark.parametrize(("message", "options"), WRONG.items())
+def test_options_out_of_range_are_refused(message: str, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=message):
+        flaky(0, ValueError(), **options)
+
+
+def test_a_fallback_must_take_the_same_arguments() -> None:
+    with pytest.raises(UsageError, match="must take the same arguments"):
+        flaky(0, ValueError(), permission="execute", fallback=wipe)
+
+
+def test_an_inventory_without_its_comma_is_refused() -> None:
+    for attribute, value in (("forbidden_tools", "danger"), ("tools", wipe), ("tools", (print,))):
+        system = doing(lambda run: None)
+        agent = system.agents["hedgehog"]
+        setattr(type(agent), attribute, value)
+        with pytest.raises(ak.AgentkitError, match=r"comma missing|is no tool"):
+            agent.check()
+
+
+def test_a_days_budget_limits_what_it_names() -> None:
+    with pytest.raises(ak.AgentkitError, match=r"ak\.DailyBudget"):
+        doing(lambda run: None, daily=Budget(usd=50))
+    assert doing(lambda run: None, daily=ak.DailyBudget(usd=50)).run().state == "DONE"
+    for amount in (-100, float("nan")):
+        record = doing(lambda run, amount=amount: run.reserve(usd=amount)).run()
+        assert "to reserve" in str(record.error)

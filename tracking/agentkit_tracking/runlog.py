@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _STEP = (
     "STRUCT(kind VARCHAR, name VARCHAR, state VARCHAR, started DOUBLE, seconds DOUBLE, agent VARCHAR, inputs JSON, "
-    "outputs JSON, model VARCHAR, tokens_in BIGINT, tokens_out BIGINT, usd DOUBLE, error VARCHAR, cached BOOLEAN)[]"
+    "outputs JSON, model VARCHAR, tokens_in BIGINT, tokens_out BIGINT, usd DOUBLE, error VARCHAR, cached BOOLEAN, tries BIGINT)[]"
 )
 _COLUMNS = {
     "run_id": "VARCHAR",

@@ -250,6 +250,10 @@ class Journal:
         around = next((s for s in reversed(run.steps) if (s.kind, s.name) == (call.kind, call.name)), None)
         if around is not None and call.kind in ("tool", "approval"):
             self._took.append((around, seconds))
+            if call.tool is not None and call.kind == "tool":  # the first try is reserved, and charged, outside of this
+                inside = sum(step["tries"] for step in entry["steps"])  # of calls that the tool made itself
+                around.tries = 1 + int(entry["used"].get("tool_calls", 0)) - inside
+                around.usd = call.tool.cost_usd * around.tries
         _let_pass(run, seconds)
         if call.kind != "approval":
             run.ledger.excuse(-seconds)
