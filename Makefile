@@ -19,8 +19,8 @@ help: ## show this list
 demo: setup ## the main job, end to end: four versions, refused, promoted, refused, rolled back (2 to 4 minutes)
 	@$(BIN)/python -m agentkit_pipelines.demo
 
-test: setup-dev ## run the tests
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+test: setup-dev ## run the tests, a file on each core
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TEST_ARGS)
 
 lint: setup-dev ## ruff, mypy, import contracts, notebooks
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
