@@ -288,7 +288,9 @@ class Truthy:
     __hash__ = None  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("answer", [False, None, "no", "yes", 1, Truthy()], ids=repr)
+@pytest.mark.parametrize(
+    "answer", [False, None, "no", "yes", 1, Truthy()], ids=["False", "None", "no", "yes", "1", "truthy"]
+)
 @pytest.mark.parametrize("amount", [50.00, 50.01])
 def test_only_true_approves(answer: Any, amount: float) -> None:
     record = pay(amount, lambda request: answer)
