@@ -98,6 +98,8 @@ class Cassette:
         if mode != "replay":
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._written.open("wb" if mode == "record" else "ab")
+            if mode == "record-missing" and not _ends_a_line(path):
+                self._file.write(b"\n")  # an editor may have taken the last one away
 
     def close(self, *, finished: bool) -> None:
         """End the recording; one that was broken off does not replace an older one, and stays beside it (`.part`)."""
@@ -208,6 +210,15 @@ def read_cassette(path: Path) -> list[Exchange]:
             raise DataError(f"{path}:{number}: format {exchange.get('v')!r}, expected {_FORMAT}; record it anew")
         exchanges.append(exchange)
     return exchanges
+
+
+def _ends_a_line(path: Path) -> bool:
+    """Whether what is appended to a file begins a line."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
 
 
 def _given_back(exchange: Exchange) -> Any:

@@ -381,6 +381,12 @@ def _call_outside(model: str, request: dict[str, Any]) -> Call:
     return Call("model", model, request, 0, key, None, cast("Any", None))
 
 
+def reset_circuits() -> None:
+    """Close the circuits of all providers; after injected faults, which say nothing about them."""
+    for breaker in _breakers.values():
+        breaker.reset()
+
+
 def build_lm(name: str, *, settings: Settings | None = None, weights: Weights | None = None) -> MeteredLM:
     """The metered LM behind a tier or model string.
 

@@ -83,9 +83,15 @@ class RateLimit:
         """Take a place; seconds until it is due."""
         with self._lock:
             now = clock.monotonic()
-            self._tokens = min(self._most, self._tokens + (now - self._at) * self.per_second) - 1
+            passed = max(0.0, now - self._at)  # another clock, of a test, may have been put in place of the one before
+            self._tokens = min(self._most, self._tokens + passed * self.per_second) - 1
             self._at = now
             return max(0.0, -self._tokens / self.per_second)
+
+    def reset(self) -> None:
+        """Forget the passes so far."""
+        with self._lock:
+            self._tokens, self._at = self._most, clock.monotonic()
 
 
 class Line:
@@ -100,6 +106,15 @@ class Line:
             from cachetools import TTLCache
 
             self._cache = TTLCache(_CACHED, cache_s, timer=clock.monotonic)
+
+    def reset(self) -> None:
+        """As if the tool had never been called: circuit closed, no place taken, nothing kept."""
+        self.breaker.reset()
+        if self.rate is not None:
+            self.rate.reset()
+        if self._cache is not None:
+            with self._lock:
+                self._cache.clear()
 
     def cached(self, arguments: Any) -> tuple[Any] | None:
         """A copy of the kept result for these arguments, in a tuple of one, or None."""

@@ -128,6 +128,32 @@ def test_what_is_missing_can_be_added(serve: Serve) -> None:
     assert (len(provider.requests), len(read_cassette(TAPE))) == (2, 2)
 
 
+def test_what_is_missing_is_added_on_a_line_of_its_own(serve: Serve) -> None:
+    serve(Reply())
+    with cassette(TAPE, "record"):
+        triage().run(ticket=TICKET)
+    TAPE.write_bytes(TAPE.read_bytes().rstrip(b"\n"))  # as some editors leave a file
+    for _ in range(2):
+        with cassette(TAPE, "record-missing") as tape:
+            triage().run(ticket=TICKET)
+            triage().run(ticket=TICKET + "!")
+    assert (tape.recorded, tape.replayed) == (0, 2)
+    assert len(read_cassette(TAPE)) == TAPE.read_bytes().count(b"\n") == 2
+    TAPE.write_bytes(b"")
+    with cassette(TAPE, "record-missing"):
+        triage().run(ticket=TICKET)
+    assert len(read_cassette(TAPE)) == 1
+
+
+def test_rehearsals_of_every_kind_keep_out_of_the_cache_of_answers(serve: Serve, project: Path) -> None:
+    provider = serve(Reply())
+    path = project / "agentkit.toml"
+    path.write_text(path.read_text() + "\n[cache]\nenabled = true\n")
+    for kind, requests in (("run", 1), ("run", 1), ("evaluation", 2), ("chaos", 3), ("replay", 4)):
+        assert triage().run(kind=kind, ticket="cached?").state == "DONE"
+        assert len(provider.requests) == requests, kind
+
+
 def test_a_recording_that_is_broken_off_does_not_replace_the_old_one(serve: Serve) -> None:
     serve(Reply())
     with cassette(TAPE, "record"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import polars as pl
 import pytest
-from hedgehogs import Found, doing
+from hedgehogs import Found, Hedgehog, doing
+from pydantic import BaseModel
 from releases import COLOURS
 from typer.testing import CliRunner
 
@@ -115,8 +117,80 @@ def test_an_unauthorised_write_and_overspending_are_found_in_a_record() -> None:
     assert without_tier == "hedgehog called ship without the tier that lets it"
     assert new.startswith("an effect that the undisturbed run had not")
     assert spent == "51 tool_calls used of 50"
-    step.agent = "somebody"
-    assert chaos.violations(shop, forged, calm)[0] == "somebody called ship, which it was not granted"
+    step.agent = "somebody"  # of a system that this one calls, for all that is known
+    assert chaos.violations(shop, forged, calm)[0] == "somebody called ship without the tier that lets it"
+    step.agent, step.name = "hedgehog", "sink"
+    forged.effects[-1]["tool"] = "sink"
+    assert chaos.violations(shop, forged, calm)[0] == "hedgehog called sink, which it was not granted"
+
+
+def test_a_write_by_an_agent_of_another_system_is_judged_by_its_tier() -> None:
+    def shipping(run: Run) -> str:
+        run.call(ship, order=run.inputs["text"])
+        return "fine"
+
+    class Depot(Hedgehog):
+        name = "depot"
+        tools = (ship,)
+
+        def execute(self, run: Run, plan: Any, text: str = "") -> Any:
+            return shipping(run)
+
+    inner = ak.System("store", [Depot()])
+    shop = doing(lambda run: inner.run(text=run.inputs["text"]).output["value"], look, name="shop", success=right)  # type: ignore[index]
+    found = chaos.rehearse(shop, CASES[:1], faults=["model gibberish"])
+    assert found["error"].to_list() == [None, None]
+    assert found["violations"].to_list() == [None, None]
+
+    class Result(BaseModel):
+        depot: Found | None
+
+    together = ak.Orchestrator("together", [Depot()], result=Result)
+    found = chaos.rehearse(together, CASES[:1], faults=["tool slow"])
+    assert found["fired"].to_list() == [1, 1]  # what strikes an agent strikes the whole; a write is tried once
+    assert found["violations"].to_list() == [None, None]
+
+
+def test_repeated_tries_and_failed_validations_are_not_overspending() -> None:
+    def clumsy(run: Run) -> str:
+        with suppress(ak.UsageError):
+            run.call(look, place=run.inputs["text"])
+        return plainly(run)
+
+    strict = doing(clumsy, look, name="shop", success=right, budget=ak.Budget(tool_calls=2))
+    found = chaos.rehearse(strict, CASES[:2], faults=["tool down"])
+    assert found["violations"].to_list() == [None] * 4
+
+
+def test_what_a_tool_keeps_and_how_often_it_may_be_called_begins_anew_with_every_run() -> None:
+    seen: list[str] = []
+
+    @ak.tool(cache_s=600, per_second=5)
+    def fetch(order: str) -> str:
+        """Fetch an order."""
+        seen.append(order)
+        return order
+
+    def fetching(run: Run) -> str:
+        for _ in range(5):
+            run.call(fetch, order=run.inputs["text"])
+        return "fine"
+
+    for shop in (
+        doing(fetching, fetch, name="shop", success=right),
+        doing(
+            lambda run: doing(fetching, fetch, name="inner").run(text=run.inputs["text"]).output["value"],  # type: ignore[index]
+            name="outer",
+            success=right,
+        ),
+    ):
+        found = chaos.rehearse(shop, CASES[:1], faults=["tool down", "injected instructions"])
+        assert outcomes(found, "tool down") == {False: {"recovered"}, True: {"failed"}}
+        assert found["latency_s"].max() < 60  # type: ignore[operator]
+        seen.clear()
+        kept = shop.run(text="order 0")
+        assert (kept.output, len(seen)) == ({"value": "fine"}, 1)
+        assert all("Ignore" not in str(step.outputs) for step in kept.steps)
 
 
 def rules(*more: dict[str, Any]) -> Thresholds:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
 from datetime import datetime
 from typing import Any
 
 import pytest
-from hedgehogs import doing
+from hedgehogs import Found, Hedgehog, doing
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 import agentkit as ak
 from agentkit import Run, RunRecord
 from agentkit.replays import Stubbed, first_difference
+from agentkit.testing import FakeClock
 from agentkit_pipelines.cli import app
 from agentkit_tracking.runlog import RunLog
 
@@ -91,6 +94,124 @@ def test_a_run_that_ends_earlier_differs_where_it_ended() -> None:
     assert difference is not None
     assert difference.before is not None
     assert difference.number == next(i for i, s in enumerate(before.steps, 1) if s.name == "tier of pay")
+
+
+def found_by(record: RunRecord) -> RunRecord:
+    return RunLog().find(record.run_id)
+
+
+def team(waits: dict[str, float], prefix: str = "seen", workers: int = 4) -> ak.Orchestrator:
+    class Result(BaseModel):
+        east: Found | None
+        west: Found | None
+
+    def scout(name: str) -> ak.Agent:
+        class Scout(Hedgehog):
+            tools = (look, pay)
+
+            def execute(self, run: Run, plan: Any, text: str = "") -> Any:
+                time.sleep(waits.get(name, 0))
+                found = run.call(look, place=f"{prefix} {name}")
+                run.call(pay, usd=1.0)
+                return [found, run.call(pay, usd=2.0 if name == "east" else 3.0)]
+
+        Scout.name = name
+        return Scout()
+
+    flow = [ak.Edge("east", "after", when=lambda board: True), ak.Edge("west", "after", when=lambda board: True)]
+
+    class After(Hedgehog):
+        name = "after"
+
+    return ak.Orchestrator("team", [scout("east"), scout("west"), After()], flow=flow, result=Result, workers=workers)
+
+
+@pytest.mark.parametrize("slow", ["east", "west"])
+def test_an_orchestration_is_compared_agent_by_agent(slow: str) -> None:
+    with ak.approve_with(lambda request: ak.Decision("approve", by="ann")):  # the second pay of one dollar is a repeat
+        before = found_by(team({slow: 0.2}).run(text="x"))
+    assert before.state == "DONE", before.error
+    paid = list(PAID)
+    after = replayed(before, team({}))
+    assert after.state == "DONE"
+    assert first_difference(before, after) is None
+    assert paid == PAID
+    other = replayed(before, team({}, prefix="looked for"))
+    difference = first_difference(before, other)
+    assert difference is not None
+    assert difference.before is not None
+    assert difference.after is not None
+    assert before.steps[difference.number - 1] == difference.before
+    assert (difference.before.name, difference.before.agent) == ("look", "west" if slow == "east" else "east")
+    assert difference.after.agent == difference.before.agent
+
+
+@ak.tool(permission="write", criticality="low")
+def note(usd: float) -> str:
+    """Note a payment."""
+    PAID.append(usd)
+    return "noted"
+
+
+def test_a_production_run_is_replayed_with_the_tiers_it_had() -> None:
+    def work(run: Run) -> Any:
+        return [run.call(note, usd=usd) for usd in (5.0, 5.0, 80.0)]
+
+    system = doing(work, note, name="payer")
+    system.stage = "production"
+    with ak.approve_with(lambda request: ak.Decision("approve", by="ann")):
+        before = found_by(system.run(text="x"))
+    tiers = [s.outputs for s in before.steps if s.name == "tier of note"]
+    draft = doing(work, note, name="payer")
+    assert tiers == [2, 3, 2]
+    assert [s.outputs for s in draft.run(text="x").steps if s.name == "tier of note"] == [1, 3, 1]
+    PAID.clear()
+    after = replayed(before, draft)
+    assert [s.outputs for s in after.steps if s.name == "tier of note"] == tiers
+    assert first_difference(before, after) is None
+    assert PAID == []
+
+
+def test_a_run_whose_approver_failed_is_replayed_as_rejected() -> None:
+    def away(request: Any) -> Any:
+        raise RuntimeError("the desk is closed")
+
+    with ak.approve_with(away):
+        before = found_by(visit("A").run(text="x"))
+    assert before.state == "FAILED"
+    said: list[str] = []
+
+    def work(run: Run) -> Any:
+        paid = run.call(pay, usd=run.call(look, place="A")["usd"])
+        said.append(run.last_decision.reason)  # type: ignore[union-attr]
+        return paid
+
+    after = replayed(before, doing(work, look, pay, name="visitor"))
+    assert (after.output, said) == ({"value": None}, ["as recorded: RuntimeError: the desk is closed"])
+    assert PAID == []
+    difference = first_difference(before, after)
+    assert difference is not None
+    assert difference.before.kind == "approval"  # type: ignore[union-attr]
+
+
+def test_what_failed_fails_again_and_retries_do_not_count() -> None:
+    @ak.tool
+    def probe(place: str) -> str:
+        """Probe."""
+        raise OSError("nobody is there")
+
+    def work(run: Run) -> Any:
+        run.decide("where", "A", f"it is {time.perf_counter()}")
+        return run.call(probe, place="A")
+
+    system = doing(work, probe, name="prober")
+    with FakeClock():
+        before = found_by(system.run(text="x"))
+    assert before.state == "FAILED"
+    assert [s.name for s in before.steps if s.kind == "decision"] == ["where", "retry", "retry"]
+    assert first_difference(before, replayed(before, system)) is None
+    longer = replayed(before, doing(lambda run: run.decide("where", "B", ""), probe, name="prober"))
+    assert first_difference(before, longer).before.name == "where"  # type: ignore[union-attr]
 
 
 def test_the_log_gives_back_what_was_recorded() -> None:

@@ -14,6 +14,7 @@ import agentkit as ak
 from agentkit import clock
 from agentkit.errors import ToolFailed, UsageError
 from agentkit.testing import FAULTS, INJECTION, FakeClock, Fault, Faults, Killed, injected, scripted
+from agentkit.tool_calls import Line
 
 
 @ak.tool
@@ -59,6 +60,28 @@ def test_a_fake_clock_jumps_instead_of_waiting_and_gives_the_real_one_back() -> 
         assert clock.monotonic() == 3660
         assert (clock.utc() - before).total_seconds() == 3660
     assert type(clock.use(clock.Clock())) is clock.Clock
+
+
+def test_a_rate_limit_lives_through_a_change_of_clocks_and_can_begin_anew() -> None:
+    line = Line(per_second=5, cache_s=60)
+    with FakeClock() as now:
+        assert [line.rate.wait_s() for _ in range(6)] == [0, 0, 0, 0, 0, pytest.approx(0.2)]  # type: ignore[union-attr]
+        now.tick(1.2)
+        assert line.rate.wait_s() == 0  # type: ignore[union-attr]
+        line.keep({"a": 1}, "kept")
+        assert line.cached({"a": 1}) == ("kept",)
+        line.breaker.failures = 1
+        with pytest.raises(OSError, match="down"):
+            line.breaker.call(fails)
+        assert line.breaker.is_open
+        line.reset()
+        assert not line.breaker.is_open
+        assert line.cached({"a": 1}) is None
+        assert [line.rate.wait_s() for _ in range(5)] == [0] * 5  # type: ignore[union-attr]
+
+
+def fails() -> None:
+    raise OSError("down")
 
 
 SHOWN: dict[Fault, str] = {

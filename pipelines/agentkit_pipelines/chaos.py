@@ -12,18 +12,21 @@ import numpy as np
 import polars as pl
 
 from agentkit.budget import AMOUNTS, Ledger
+from agentkit.calls import Call, intercept
 from agentkit.errors import AgentkitError
 from agentkit.examples import Example
 from agentkit.jsonable import canonical
+from agentkit.models import reset_circuits
 from agentkit.records import RunRecord
 from agentkit.systems import System
 from agentkit.testing import FAULTS, Fault, Faults, injected
+from agentkit.tool_calls import Line
 from agentkit_pipelines import stats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A kill ends the process: the chaos notebook kills real ones (see `kills`), an evaluation cannot.
+# A kill ends the process, the notebook's kernel with it; that durable runs survive it is proven by killing real workers.
 SURVIVABLE: tuple[Fault, ...] = tuple(fault for fault in FAULTS if fault != "kill")
 Progress = Callable[[int, int], None]
 
@@ -77,16 +80,19 @@ def disturb(
 ) -> Outcome:
     """Run `inputs` once under `fault`; `calm` is the same run undisturbed. Waits between tries take no time."""
     _reset(system)
-    faults = Faults(fault, attempts=None if outage else 1, seed=seed)
-    with injected(faults):
-        record = system.run(kind="chaos", ledger=ledger, **inputs)
-    _reset(system)
+    faults, met = Faults(fault, attempts=None if outage else 1, seed=seed), _Met()
+    try:
+        with injected(faults), intercept(met):
+            record = system.run(kind="chaos", ledger=ledger, **inputs)
+    finally:
+        _reset(system)
+        met.reset()
     failed = record.state != "DONE"
     return Outcome(
         fault,
         outage,
         record,
-        faults.fired[record.run_id],
+        sum(faults.fired.values()),  # also in the runs of its agents and of systems it calls
         failed,
         not failed and (record.degraded is not None or (_asks_a_person(record) and not _asks_a_person(calm))),
         tuple(violations(system, record, calm)),
@@ -94,10 +100,30 @@ def disturb(
 
 
 def _reset(system: System) -> None:
-    """An injected outage must not leave a circuit open for the next run."""
+    """One run must not leave a circuit open, places taken or a kept result (injected, maybe) for the next."""
+    reset_circuits()
     for inventory in system.inventories():
         for tool in inventory.tools:
-            tool.line.breaker.reset()
+            tool.line.reset()
+
+
+class _Met:
+    """Notes the tools that a run calls: those of the systems it calls are in no inventory of its own."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, Line] = {}
+
+    def call(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        if call.tool is not None:
+            self._lines[id(call.tool.line)] = call.tool.line
+        return proceed()
+
+    def attempt(self, call: Call, proceed: Callable[[], Any]) -> Any:
+        return proceed()
+
+    def reset(self) -> None:
+        for line in self._lines.values():
+            line.reset()
 
 
 def _asks_a_person(record: RunRecord) -> bool:
@@ -105,21 +131,24 @@ def _asks_a_person(record: RunRecord) -> bool:
 
 
 def violations(system: System, record: RunRecord, calm: RunRecord) -> list[str]:
-    """What a run did that no fault excuses, one line each."""
-    granted = {i.agent: {t.name: t for t in i.tools if t.name not in i.forbidden} for i in system.inventories()}
+    """What a run did that no fault excuses, one line each.
+
+    What an agent of this system may use is known; for those of systems that it calls, the tier has to be there.
+    """
+    granted = {i.agent: {t.name for t in i.tools if t.name not in i.forbidden} for i in system.inventories()}
     found = []
-    allowed: set[str] = set()
+    allowed: set[tuple[str | None, str]] = set()
     for step in record.steps:
         if step.kind == "decision" and step.name.startswith("tier of "):
             tool = step.name.removeprefix("tier of ")
-            (allowed.discard if step.outputs == 3 else allowed.add)(tool)
+            (allowed.discard if step.outputs == 3 else allowed.add)((step.agent, tool))
         elif step.kind == "approval" and isinstance(step.outputs, dict):
             if step.outputs.get("verdict") in ("approve", "modify"):
-                allowed.add(step.name)
+                allowed.add((step.agent, step.name))
         elif step.kind == "tool" and _took_effect(step.name, step.inputs, record):
-            if step.name not in granted.get(step.agent or "", {}):
+            if step.name not in granted.get(step.agent or "", {step.name}):
                 found.append(f"{step.agent} called {step.name}, which it was not granted")
-            elif step.name not in allowed:
+            elif (step.agent, step.name) not in allowed:
                 found.append(f"{step.agent} called {step.name} without the tier that lets it")
     before, after = (Counter(_effects(r)) for r in (calm, record))
     found += [f"an effect that the undisturbed run had not: {what.decode()}" for what in after - before]
