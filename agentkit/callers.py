@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+from agentkit.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,27 @@ _NOBODY = Caller()
 _caller: ContextVar[Caller] = ContextVar("agentkit_caller", default=_NOBODY)
 
 
+def acting_for(user: str, session: str | None = None) -> AbstractContextManager[None]:
+    """Runs inside act for `user`: their daily budget is charged, and tools' checks are told who it is.
+
+    Raises:
+        UsageError: the user or the session is no text, or the user is empty.
+    """
+    if not isinstance(user, str) or not user.strip():
+        raise UsageError(f"acting_for() takes the user as text that is not empty, not {_said(user)}")
+    if session is not None and not isinstance(session, str):
+        raise UsageError(f"acting_for() takes the session as text or None, not {_said(session)}")
+    return _acting(Caller(user, session))
+
+
+def _said(value: object) -> str:
+    """Text or a number as it is; of other data only the type."""
+    return repr(value) if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
 @contextmanager
-def acting_for(user: str, session: str | None = None) -> Iterator[None]:
-    """Runs inside act for `user`: their daily budget is charged, and tools' checks are told who it is."""
-    token = _caller.set(Caller(user, session))
+def _acting(caller: Caller) -> Iterator[None]:
+    token = _caller.set(caller)
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import copy
 import time
 from asyncio import CancelledError
 from dataclasses import asdict
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -255,9 +256,8 @@ def _tries(run: Run, tool: AnyTool, call: Call, values: Values, step: Step) -> A
     most = tool.tries if tool.idempotent else 1
     for tried in range(1, most + 1):
         try:
-            return tool.line.breaker.call(
-                lambda: _try(run, tool, call, values, step, first=tried == 1), counts=_is_fault
-            )  # noqa: B023
+            attempt = partial(_try, run, tool, call, values, step, first=tried == 1)
+            return tool.line.breaker.call(attempt, counts=_is_fault)
         except CircuitOpen as e:
             raise ToolFailed(tool.name, "circuit open", str(e), attempts=tried) from e
         except Exception as e:

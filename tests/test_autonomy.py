@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import agentkit as ak
 from agentkit.autonomy import Criticality, Permission, Situation, Tier
+from agentkit.errors import UsageError
 
 CALM = Situation("write", "low")
 situations = st.builds(
@@ -46,7 +47,13 @@ def test_without_a_reason_to_be_careful_the_table_decides(permission: Permission
 RAISED = {
     "production": ({"production": True}, Tier.NOTIFY, "it takes effect in production"),
     "confidence": ({"confidence": 0.69}, Tier.WAIT, "confidence is 0.69, below 0.7"),
-    "no confidence at all": ({"confidence": math.nan}, Tier.WAIT, "confidence is nan, below 0.7"),
+    "no confidence at all": ({"confidence": math.nan}, Tier.WAIT, "confidence is nan, which is no number from 0 to 1"),
+    "confidence in percent": ({"confidence": 95.0}, Tier.WAIT, "confidence is 95.0, which is no number from 0 to 1"),
+    "endless confidence": ({"confidence": math.inf}, Tier.WAIT, "confidence is inf, which is no number from 0 to 1"),
+    "confidence below 0": ({"confidence": -0.1}, Tier.WAIT, "confidence is -0.1, which is no number from 0 to 1"),
+    "text": ({"confidence": "0.9"}, Tier.WAIT, "confidence is '0.9', which is no number from 0 to 1"),
+    "an object": ({"confidence": [1]}, Tier.WAIT, "confidence is a list, which is no number from 0 to 1"),
+    "a yes": ({"confidence": True}, Tier.WAIT, "confidence is True, which is no number from 0 to 1"),
     "failures": ({"failures": 2}, Tier.WAIT, "2 calls of this run have failed"),
     "budget": ({"budget_used": 0.8}, Tier.WAIT, "80% of a budget is used"),
     "amount": ({"over": "too much"}, Tier.WAIT, "too much"),
@@ -95,3 +102,49 @@ def test_the_policy_can_be_read_as_a_table_and_belongs_to_the_release() -> None:
     assert not any("failed" in str(row["rule"]) for row in rows)
     assert ak.Autonomy(confidence_below=0.5).spec()["confidence_below"] == 0.5
     assert ak.Autonomy().spec()["tiers"]["execute"] == {"low": 2, "medium": 3, "high": 3}  # type: ignore[index]
+
+
+def test_a_rule_that_always_applies_is_in_the_table_too() -> None:
+    policy = ak.Autonomy(failures_from=0, budget_used_from=0, confidence_below=0)
+    assert policy.decide(CALM)[0] is Tier.WAIT
+    rules = [row["rule"] for row in policy.rows() if row["tier"] == 3]
+    for rule in ("0 failed calls", "budget used from 0", "confidence below 0"):
+        assert f"write or execute: {rule}" in rules
+
+
+ROW: dict[Criticality, int] = {"low": 1, "medium": 2, "high": 3}
+WRONG = [
+    ({"confidence_below": 70}, "confidence_below is a number from 0 to 1 or None, not 70"),
+    ({"confidence_below": math.nan}, "confidence_below is a number from 0 to 1 or None, not nan"),
+    ({"budget_used_from": "0.8"}, "budget_used_from is a number from 0 to 1 or None, not '0.8'"),
+    ({"failures_from": -1}, "failures_from is a whole number from 0 or None, not -1"),
+    ({"failures_from": 1.5}, "failures_from is a whole number from 0 or None, not 1.5"),
+    ({"failures_from": True}, "failures_from is a whole number from 0 or None, not True"),
+    ({"in_production": 4}, r"in_production is a tier \(1, 2 or 3\) or None, not 4"),
+    ({"in_production": False}, r"in_production is a tier \(1, 2 or 3\) or None, not False"),
+    ({"tiers": None}, "tiers is a mapping with exactly read, write, execute, not None"),
+    ({"tiers": {}}, "tiers is a mapping with exactly read, write, execute, not with nothing"),
+    ({"tiers": {"read": ROW, "write": ROW}}, "exactly read, write, execute, not with 'read', 'write'"),
+    (
+        {"tiers": {"read": ROW, "write": ROW, "execute": {"low": 1}}},
+        r"tiers\['execute'\] is a mapping with exactly low",
+    ),
+    (
+        {"tiers": {"read": ROW, "write": ROW, "execute": {**ROW, "high": 9}}},
+        r"tiers\['execute'\]\['high'\] is a tier \(1, 2 or 3\), not 9",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), WRONG)
+def test_a_policy_that_makes_no_sense_is_refused_at_once(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        ak.Autonomy(**settings)
+
+
+def test_a_policy_of_plain_numbers_is_as_good_as_one_of_tiers() -> None:
+    policy = ak.Autonomy(tiers={"read": ROW, "write": ROW, "execute": ROW}, in_production=1, confidence_below=1)
+    assert policy.decide(Situation("write", "medium", production=True)) == (
+        Tier.NOTIFY,
+        ("write of medium criticality",),
+    )

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentkit_pipelines.budget_cli import round_up, tolerance_limit
+from agentkit.errors import UsageError
+from agentkit_pipelines.budget_cli import round_up, suggest, tolerance_limit
 
 
 @pytest.mark.parametrize("runs", [299, 1000])
@@ -26,3 +27,9 @@ def test_with_too_few_runs_it_is_the_largest_and_says_so() -> None:
 @given(st.floats(1e-6, 1e9))
 def test_rounding_never_lowers_and_adds_little(value: float) -> None:
     assert value * (1 - 1e-9) <= round_up(value) <= value * 1.11
+
+
+@pytest.mark.parametrize("headroom", [float("inf"), float("nan"), 1e308, 0.5])
+def test_headroom_that_is_no_factor_is_refused(headroom: float) -> None:
+    with pytest.raises(UsageError, match="it is a number from 1 to 1,000,000"):
+        suggest("visitor", headroom)

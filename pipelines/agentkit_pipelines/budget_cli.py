@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 budget_app = typer.Typer(help="Budgets of runs.", no_args_is_help=True)
 AMOUNTS = ("model_calls", "tool_calls", "tokens_in", "tokens_out", "usd", "seconds")
 LEAST_SECONDS = 10.0  # two repetitions of one failed call wait 3 s
+MOST_HEADROOM = 1e6
 COVERAGE, CONFIDENCE = 0.99, 0.95
 
 
@@ -51,6 +52,8 @@ def suggest(
     """Suggest a Budget from the logged runs of a system that succeeded: what 99 % of them stay within, with headroom."""
     from rich.table import Table
 
+    if not 1 <= headroom <= MOST_HEADROOM:  # NaN is in no range
+        raise UsageError(f"--headroom is {headroom:g}; it is a number from 1 to {MOST_HEADROOM:,.0f}")
     runs = logged(system, days)
     table = Table(
         "limit", "median", "99 % stay within", "most", "suggested", title=f"{system}: {len(runs)} runs, {days} days"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from contextlib import nullcontext
 from io import StringIO
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from agentkit.records import RunRecord, Step
 
 DIFFERS = 3
+_ENDING = 1_000  # characters of what a run ended with
 # DSPy's marks around the fields of an answer.
 _FIELD = re.compile(r"\s*\[\[ ## (\w+) ## \]\]\s*")
 
@@ -36,6 +39,8 @@ def explain(
 
     from agentkit_tracking.runlog import RunLog
 
+    if html is not None:
+        _check_writable(html)
     log = RunLog()
     record = log.find(run_id)
     children = log.sql("SELECT run_id FROM runs WHERE parent = ? ORDER BY started_at", [record.run_id])["run_id"]
@@ -46,8 +51,20 @@ def explain(
         for one in records:
             _page(page, one)
     if html is not None:
-        html.write_text(pages[1].export_html(), encoding="utf-8")
+        try:
+            html.write_text(pages[1].export_html(), encoding="utf-8")
+        except OSError as e:
+            raise UsageError(f"cannot write {html}: {e.strerror}") from e
         out.print(f"written to {terminal.short(html)}")
+
+
+def _check_writable(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise UsageError(f"cannot write {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise UsageError(f"cannot write {file}: it is a folder")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UsageError(f"cannot write {file}: no permission")
 
 
 def _page(out: Console, record: RunRecord) -> None:
@@ -55,15 +72,13 @@ def _page(out: Console, record: RunRecord) -> None:
     from rich.rule import Rule
     from rich.table import Table
 
-    from agentkit.redaction import redact
-
     color = "green" if record.state == "DONE" and not record.degraded else "yellow" if record.state == "DONE" else "red"
     title = f"{record.system} · run {record.run_id}" + (f" · part of {record.parent[:12]}" if record.parent else "")
-    out.print(Rule(title))
+    out.print(Rule(escape(_lines(title))))
     out.print(f"[bold {color}]{record.state}[/] {escape(_ending(record))}")
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in _facts(record):
-        facts.add_row(f"[dim]{name}[/dim]", escape(value))
+        facts.add_row(f"[dim]{escape(_lines(name))}[/dim]", escape(_lines(value)))
     out.print(facts)
     steps = Table("at, s", "took, s", "state", "agent", "what", "why or result", "USD", title="steps")
     for step in record.steps:
@@ -71,30 +86,54 @@ def _page(out: Console, record: RunRecord) -> None:
         at = step.started + (step.seconds if step.kind == "transition" else 0)
         cost = f"{step.usd:.6f}" if step.kind == "model" else "from memory" if step.cached else ""
         color = "red" if step.error else "bold" if step.kind in ("decision", "approval") else ""
-        text = terminal.clip(redact(_result(step)))
-        row = (f"{at:.3f}", f"{step.seconds:.3f}", step.state, step.agent or "", escape(what), text, cost)
-        steps.add_row(*row, style=color or None)
+        words = [escape(_lines(text)) for text in (step.state, step.agent or "", what)]
+        steps.add_row(
+            f"{at:.3f}", f"{step.seconds:.3f}", *words, _cell(_redacted(_result(step))), cost, style=color or None
+        )
     out.print(steps)
     if record.effects:
         effects = Table("effect", "arguments", "outcome", title="effects")
         for effect in record.effects:
-            effects.add_row(effect["tool"], terminal.clip(redact(effect["arguments"])), effect.get("outcome", "done"))
+            outcome = effect.get("outcome", "done")
+            effects.add_row(_cell(effect["tool"]), _cell(_redacted(effect["arguments"])), _cell(outcome))
         out.print(effects)
 
 
+def _redacted(value: Any) -> Any:
+    from agentkit.redaction import redact
+
+    return redact(value)
+
+
+def _lines(text: str) -> str:
+    """The text with its lines, and nothing in it that acts on a terminal or hides."""
+    from agentkit_tracking.control.card import visible
+
+    return "\n".join(visible(line) for line in text.split("\n"))
+
+
+def _cell(value: Any) -> str:
+    """One line for a table: as `_lines`, cut."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return terminal.clip(_lines(text))
+
+
 def _ending(record: RunRecord) -> str:
-    if record.error:
-        return record.error
-    return f"with a lesser result, because of {record.degraded}" if record.degraded else ""
+    text = record.error or (f"with a lesser result, because of {record.degraded}" if record.degraded else "")
+    return _cut(_lines(_redacted(text)), _ENDING)
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
-    from agentkit.redaction import redact
-
     phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in record.phases.items())
-    rows = [(f"input {name}", str(redact(value))) for name, value in record.inputs.items()]
-    rows += [(f"output {name}", str(redact(value))) for name, value in (record.output or {}).items()]
-    rows += [(f"found by then: {name}", terminal.clip(redact(value))) for name, value in (record.partial or {}).items()]
+    rows = [(f"input {name}", str(value)) for name, value in _redacted(record.inputs).items()]
+    rows += [(f"output {name}", str(value)) for name, value in _redacted(record.output or {}).items()]
+    rows += [
+        (f"found by then: {name}", _cut(str(value), 90)) for name, value in _redacted(record.partial or {}).items()
+    ]
     rows += [
         ("release", _release(record)),
         ("route", record.route or "none"),
@@ -177,13 +216,11 @@ def replay(
 
     table = Table("", "then", "now", title=f"first difference: step {difference.number}")
     for name in ("kind", "name", "agent", "inputs", "outputs", "error"):
-        cells = [
-            "" if step is None else terminal.clip(getattr(step, name)) for step in (difference.before, difference.after)
-        ]
+        cells = ["" if step is None else _cell(getattr(step, name)) for step in (difference.before, difference.after)]
         table.add_row(name, *cells, style=None if cells[0] == cells[1] else "bold yellow")
     out.print(table)
     if after.error and after.state != before.state:
-        out.print(f"it ended: {after.error}", markup=False)
+        out.print(f"it ended: {_lines(after.error)}", markup=False)
     raise typer.Exit(DIFFERS)
 
 
