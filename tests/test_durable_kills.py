@@ -71,7 +71,8 @@ def uninterrupted(*arguments: str, **environment: str) -> str:
     with process(*arguments, **environment) as started:
         said, problem = started.communicate(timeout=240)
         assert started.returncode == 0, problem
-        assert not problem
+        # People are told of effects in doubt, in the log as well.
+        assert not [line for line in problem.splitlines() if line and not line.startswith("unknown steps, run")]
         return said
 
 

@@ -247,7 +247,7 @@ def test_closing_early_drops_what_has_not_begun(workers: int) -> None:
     assert count <= 3 * workers
     time.sleep(0.03)
     assert len(begun) == count
-    assert not [t for t in threading.enumerate() if t.name.startswith("agentkit")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("agentkit_")]
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -262,7 +262,7 @@ def test_what_the_work_raises_reaches_the_caller_and_ends_the_rest(workers: int)
     with pytest.raises(LookupError, match="five"):
         list(in_parallel(work, numbers(drawn), workers))
     assert len(drawn) < 50
-    assert not [t for t in threading.enumerate() if t.name.startswith("agentkit")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("agentkit_")]
 
 
 def test_work_really_is_done_at_the_same_time() -> None:

@@ -159,6 +159,8 @@ def test_a_file_that_was_changed_or_is_missing_is_named(proof: Proof, part: str,
         assert (said.code, "registered by nobody who signed" in text_of(said.out)) == (0, True)
         return
     assert said.code in (2, 3), said
+    if part == "release/manifest.json" and "signed for another release" in text_of(said.out):
+        return  # the bit was in a value: a whole manifest, of a release that nobody signed
     assert Path(part).name in text_of(said.out + said.err) or part in ("history.json", "statements.json")
     if part == "history.json" and harm == "one bit":
         assert "history" in said.out or "signature" in said.out
