@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -240,8 +241,11 @@ def test_the_command_runs_the_notebook_and_its_exit_code_says_what_came_of_it(pr
     (project / "golden.jsonl").write_text("\n".join(map(json.dumps, golden)))
     runner = CliRunner()
     assert runner.invoke(app, ["register", "colours.py"], catch_exceptions=False).exit_code == 0
-    done = runner.invoke(app, ["chaos", "colours/1", "--fault", "model time-out"], catch_exceptions=False)
+    done = runner.invoke(
+        app, ["chaos", "colours/1", "--fault", "model time-out", "--kills", "2"], catch_exceptions=False
+    )
     assert "model time-out" in done.output
+    assert re.search(r"│ kill +│ [12] ", done.output), done.output
     assert done.exit_code == 3, done.output  # nobody takes over where the model stays away
     assert "50.0% failed, fewer than 8% may" in done.output
     wrong = runner.invoke(app, ["chaos", "colours/1", "--fault", "kill"])

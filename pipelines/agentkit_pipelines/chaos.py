@@ -26,7 +26,7 @@ from agentkit_pipelines import stats
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# A kill ends the process, the notebook's kernel with it; that durable runs survive it is proven by killing real workers.
+# A kill ends the process, this one too: `chaos_kills` kills workers.
 SURVIVABLE: tuple[Fault, ...] = tuple(fault for fault in FAULTS if fault != "kill")
 Progress = Callable[[int, int], None]
 
@@ -217,15 +217,16 @@ def _row(system: System, example: Example, calm: RunRecord, found: Outcome) -> d
         "run_id": record.run_id,
         "fired": found.fired,
         "outcome": found.word,
-        "right": _right(system, example, record),
-        "calm_right": _right(system, example, calm),
+        "right": is_right(system, example, record),
+        "calm_right": is_right(system, example, calm),
         "error": record.error,
         "violations": "; ".join(found.violations) or None,
         "latency_s": record.seconds - record.waited_s,
     }
 
 
-def _right(system: System, example: Example, record: RunRecord) -> bool | None:
+def is_right(system: System, example: Example, record: RunRecord) -> bool | None:
+    """Success by the system's own metric; None where there is none or the example has no expected values."""
     from agentkit_pipelines.evaluation import prediction_of
 
     if system.success is None or not example.expected:

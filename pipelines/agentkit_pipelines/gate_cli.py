@@ -92,6 +92,7 @@ def chaos(
     golden: Golden = None,
     cases: Annotated[int, typer.Option(min=0, help="of the golden set, evenly spread; 0: all")] = 40,
     fault: Annotated[list[str] | None, typer.Option(help="only this one; can be given again [default: all]")] = None,
+    kills: Annotated[int, typer.Option(min=0, help="of workers that run the first 20 cases durably")] = 3,
     failure_at_most: Annotated[float, typer.Option(min=0, max=1, help="of the runs that a fault hit")] = 0.08,
     seed: Seed = 0,
     max_usd: MaxUsd = None,
@@ -119,7 +120,7 @@ def chaos(
         "cases": cases,
         "seed": seed,
     }
-    parameters |= {"faults": ",".join(fault or ()), "failure_at_most": failure_at_most, "trust": trust}
+    parameters |= {"faults": ",".join(fault or ()), "failure_at_most": failure_at_most, "trust": trust, "kills": kills}
     if max_usd is not None:
         parameters["max_usd"] = max_usd
     output = home() / "chaos" / f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}-{manifest.system}"

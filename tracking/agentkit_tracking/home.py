@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -104,9 +105,13 @@ def connect() -> MlflowClient:
         UsageError: the server named by MLFLOW_TRACKING_URI does not answer.
     """
     uri = tracking_uri()
-    client = _connect(uri, registry_uri(), str(home()))
+    with _connecting:
+        client = _connect(uri, registry_uri(), str(home()))
     _use(uri)
     return client
+
+
+_connecting = threading.RLock()
 
 
 @cache
@@ -121,8 +126,10 @@ def _connect(uri: str, registry: str, folder: str) -> MlflowClient:
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
     from mlflow.exceptions import MlflowException
+    from mlflow.tracking._model_registry.utils import _get_store_registry
     from sqlalchemy.exc import SADeprecationWarning, SQLAlchemyError
 
+    _get_store_registry()  # mlflow shows it to other threads before our stores are in it
     for name in (
         "mlflow.store.db.utils",
         "mlflow.store.model_registry.abstract_store",
