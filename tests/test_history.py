@@ -389,6 +389,13 @@ class TestSeen:
         with pytest.raises(TrustError, match="entry 1 is missing, which this machine has seen"):
             histories.of("colours", {})
 
+    def test_what_another_process_adds_while_this_one_reads_is_no_going_back(self, own_home: Path) -> None:
+        known = histories.seen("colours")  # before the tags are read …
+        self.seen(P1)  # … and before the history is read, somebody promotes
+        assert histories.of("colours", {}, known).entries == ()
+        with pytest.raises(TrustError, match="entry 1 is missing"):
+            histories.of("colours", {})
+
     def test_a_machine_that_has_seen_nothing_cannot_know_of_later_entries(self) -> None:
         """What no signature can say: that there is nothing newer. See TRUST.md."""
         assert histories.of("colours", without(3, made(P1, P2, P3))).production == 2

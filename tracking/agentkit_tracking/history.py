@@ -228,9 +228,9 @@ def seen(system: str) -> list[str]:
     return [str(text) for text in found]
 
 
-def _went_back(history: History) -> str:
+def _went_back(history: History, known: list[str]) -> str:
     """What says that the store holds an older or another history than this machine has seen; "" if nothing does."""
-    known, path = seen(history.system), _seen_path(history.system)
+    path = _seen_path(history.system)
     found = [e.signed.envelope for e in history.entries]
     if found[: len(known)] == known:
         return ""
@@ -244,13 +244,16 @@ def _seen_path(system: str) -> Path:
     return home() / "seen" / f"{system}-{store}.json"
 
 
-def of(system: str, tags: Mapping[str, str]) -> History:
+def of(system: str, tags: Mapping[str, str], known: list[str] | None = None) -> History:
     """`parse` with the keys trusted here, compared with what this machine has seen.
+
+    Args:
+        known: what it had `seen` before the tags were read; None: has seen by now. Another process may promote in between.
 
     Raises:
         TrustError: as `parse`, or the history went back.
     """
     history = parse(system, tags, load_trust())
-    if problem := _went_back(history):
+    if problem := _went_back(history, seen(system) if known is None else known):
         raise TrustError(problem)
     return history

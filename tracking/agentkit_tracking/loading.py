@@ -111,7 +111,7 @@ def require_trusted(version: Version, trust: bool) -> None:
 def fetch_production(name: str) -> tuple[Path, Manifest]:
     """The release in production, whole: signature, rules, alias, tags, files, evidence and prompts as signed."""
     registered = registry.look_up(name)
-    history = histories.of(name, registered.tags)
+    history = histories.of(name, registered.tags, registered.known)
     production.refuse(name, production.registry_checks(registered, history))
     version = next((v for v in registered.versions if v.number == history.production), None)
     if version is None:

@@ -40,7 +40,7 @@ def history_of(name: str) -> History:
     registered = look_up(name)
     if not registered.versions and not registered.tags:
         raise UnknownReference(f"no system {name!r} is registered; see `agentkit list`")
-    return histories.of(name, registered.tags)
+    return histories.of(name, registered.tags, registered.known)
 
 
 def find_production(name: str) -> Version | None:
@@ -50,7 +50,7 @@ def find_production(name: str) -> Version | None:
         TrustError: the alias, or what the registry says of the version, is not what was signed; says what differs.
     """
     registered = look_up(name)
-    found = histories.of(name, registered.tags)
+    found = histories.of(name, registered.tags, registered.known)
     refuse(name, registry_checks(registered, found))
     histories.remember(found)
     return _numbered(registered, found.production)
@@ -63,7 +63,7 @@ def current(name: str) -> Version | None:
         TrustError: the history itself was altered.
     """
     registered = look_up(name)
-    return _numbered(registered, histories.of(name, registered.tags).production)
+    return _numbered(registered, histories.of(name, registered.tags, registered.known).production)
 
 
 def refuse(name: str, checks: Iterator[Check]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from agentkit.errors import ReleaseError, SourceError, TrustError, UnknownReference, UsageError
 from agentkit.systems import System, adopt
 from agentkit_tracking import manifest as manifests
-from agentkit_tracking.history import DESCRIPTION_LIMIT
+from agentkit_tracking.history import DESCRIPTION_LIMIT, seen
 from agentkit_tracking.home import author, connect, experiment_id, home
 from agentkit_tracking.keys import load_trust, signing_key
 from agentkit_tracking.live import differences
@@ -285,6 +285,7 @@ class Registered:
     tags: dict[str, str]
     aliases: dict[str, int]
     versions: list[Version]  # oldest first
+    known: list[str] | None = None  # entries of the history that this machine had seen before it looked
 
     @property
     def registrations(self) -> dict[int, str]:
@@ -303,13 +304,15 @@ def look_up(name: str) -> Registered:
 
     if not re.fullmatch(r"\w+", name):
         raise UnknownReference(f"{name!r} is no system's name; give the name alone, without @alias or /number")
-    client = connect()
+    client, known = connect(), None
+    with suppress(TrustError):  # said where the history is read
+        known = seen(name)
     try:
         model = client.get_registered_model(name)
     except MlflowException as e:
         if e.error_code != "RESOURCE_DOES_NOT_EXIST":  # a store that is down is not an empty one
             raise
-        return Registered(name, {}, {}, [])
+        return Registered(name, {}, {}, [], known)
     aliases: dict[int, list[str]] = {}
     for alias, number in model.aliases.items():
         aliases.setdefault(int(number), []).append(alias)
@@ -319,7 +322,7 @@ def look_up(name: str) -> Registered:
         page = client.search_model_versions(f"name='{name}'", max_results=1000, page_token=page.token if page else None)
         found += [_version(v, aliases) for v in page]
     named = {alias: int(number) for alias, number in model.aliases.items()}
-    return Registered(name, dict(model.tags), named, sorted(found, key=lambda v: v.number))
+    return Registered(name, dict(model.tags), named, sorted(found, key=lambda v: v.number), known)
 
 
 def _version(v: Any, aliases: dict[int, list[str]]) -> Version:
