@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
@@ -15,6 +15,13 @@ os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
 
 import pytest
 from hypothesis import settings
+from provider import Serve, serving
+
+if TYPE_CHECKING:
+    from agentkit import RunRecord
+
+# Helpers whose asserts are to say what they compared, as those of test files do.
+pytest.register_assert_rewrite("approvals_desk", "durable_runs", "red_team")
 
 # A busy machine is slow, not wrong. `make soak` searches for longer.
 settings.register_profile("ci", deadline=None)
@@ -85,3 +92,32 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "pyproject.toml").write_text("")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def records() -> Iterator[list[RunRecord]]:
+    """The records of all runs of the test, as they are handed over."""
+    import agentkit as ak
+
+    kept: list[RunRecord] = []
+    with ak.add_sink(kept.append):
+        yield kept
+
+
+@pytest.fixture
+def serve(project: Path) -> Iterator[Serve]:
+    """`serve(*replies, **settings)`: a provider on loopback that the project's settings name; no circuit is open."""
+    from agentkit import metering
+
+    metering._breakers.clear()
+    with serving(project) as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """A PostgreSQL server, one for all files of a process."""
+    from postgres import postgresql
+
+    with postgresql() as url:
+        yield url

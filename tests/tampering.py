@@ -1,4 +1,4 @@
-"""For the tests of loading: a store in which releases say that they were executed, and changes straight in its database."""
+"""For the tests of loading: a store in which releases say that they were executed, and changes straight in its database and files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from evidence import Store, promoted
 
 from agentkit.errors import ReleaseError
 from agentkit_tracking import history as histories
-from agentkit_tracking import loading
+from agentkit_tracking import loading, registry
 from agentkit_tracking.history import KEY
+from agentkit_tracking.home import connect
 from agentkit_tracking.keys import SigningKey, Trust, _generate
 from agentkit_tracking.statements import Evidence
 
 EVE = SigningKey(*_generate("Eve", local=False))
 
 
-def marked(home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+@pytest.fixture
+def store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """Versions 1 and 2 promoted in turn, 3 registered; whatever of it is executed leaves a file behind."""
-    monkeypatch.setenv("MARKER", str(home.with_name("executed")))
+    monkeypatch.setenv("MARKER", str(own_home.with_name("executed")))
     monkeypatch.setenv("AGENTKIT_AUTHOR", "Ada")
-    return promoted(home)
+    return promoted(own_home)
 
 
 def executed() -> bool:
@@ -145,3 +147,15 @@ def evidence_of(store: Store, n: int) -> str:
 def text_of(table: str) -> str:
     """What a table says, cells that were broken into lines put together again."""
     return re.sub(r"\s+", " ", re.sub(r"[│┃]", " ", table))
+
+
+# ---- on disk
+
+
+def artifacts(version: int) -> Path:
+    location = connect().get_logged_model(str(registry.resolve(f"colours/{version}").model_id)).artifact_location
+    return Path(location.removeprefix("file://"))
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)

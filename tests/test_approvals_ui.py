@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from approvals_desk import HOSTILE
 from servers import free_port
-from test_approvals import HOSTILE
 from test_control import own_control, plane, request_for  # noqa: F401
-from test_ui import CHROMIUM, DRIVER, browser, wait_for  # noqa: F401
+from test_ui import browser, wait_for  # noqa: F401
 
 from agentkit_tracking.control import ControlPlane
 
@@ -26,7 +26,7 @@ SHOTS = os.environ.get("AGENTKIT_SHOTS")  # a folder for screenshots
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver"),
+    pytest.mark.usefixtures("chromium"),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,9 @@ import dspy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from provider import FAST, MODEL, Reply, Request, Serve, answer, serving
+from provider import FAST, MODEL, Reply, Request, Serve, answer
 
 import agentkit as ak
-from agentkit import models
 from agentkit.cassettes import RecordingMissing, cassette, differences, read_cassette
 from agentkit.errors import DataError, ModelError, UsageError
 from agentkit.models import build_lm
@@ -25,13 +23,6 @@ from agentkit.traffic import read_reply
 TICKET = "I was charged twice for one order."
 TAPE = Path("tape.jsonl")
 KEY = "sk-proj-abcDEF123456789012345"
-
-
-@pytest.fixture
-def serve(project: Path) -> Iterator[Serve]:
-    models._breakers.clear()
-    with serving(project) as start:
-        yield start
 
 
 def triage(**options: Any) -> ak.System:

@@ -72,7 +72,7 @@ def test_help_names_every_command_and_the_exit_codes(sh):
         (["list"], "nothing is registered"),
         (["run", "shout.py", "hello", "-i", "times"], "--input takes name=value"),
         (["run", "shout.py", "hello", "-i", "loud=1"], "it has no input 'loud'"),
-        (["log", "SELECT nothing FROM nowhere"], "cannot answer this query"),
+        (["log", "query", "SELECT nothing FROM nowhere"], "cannot answer this query"),
         (["data", "check", "nowhere.jsonl"], "nowhere.jsonl"),
         (["batch", "shout@production", "in.csv", "out.parquet"], "no system 'shout' is registered"),
     ],
@@ -130,7 +130,7 @@ def test_run_as_json_is_the_whole_record(sh):
 def test_log_shows_runs_and_answers_sql(sh):
     sh("run", "shout.py", "hello", "--json")
     assert "shout" in sh("log")[1]
-    assert "1" in sh("log", "SELECT count(*) AS runs FROM runs WHERE state = 'DONE'")[1]
+    assert "1" in sh("log", "query", "SELECT count(*) AS runs FROM runs WHERE state = 'DONE'")[1]
 
 
 def test_data_import_and_check(sh, project):

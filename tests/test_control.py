@@ -19,7 +19,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from postgres import postgresql
 from servers import free_port
 
 from agentkit.approvals import ApprovalRequest
@@ -49,18 +48,6 @@ def own_control(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 @pytest.fixture
 def plane() -> ControlPlane:
     return ControlPlane()
-
-
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[str]:
-    """A PostgreSQL server. On CI it must be there."""
-    try:
-        with postgresql() as url:
-            yield url
-    except pytest.skip.Exception as e:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI has to run this on PostgreSQL: {e}")
-        raise
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

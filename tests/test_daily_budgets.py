@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SOAK
-from test_control import cluster, either, own_control, plane, steered  # noqa: F401
+from test_control import either, own_control, plane, steered  # noqa: F401
 
 from agentkit.budget import AMOUNTS, Budget
 from agentkit.errors import BudgetExceeded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import SOAK
+from durable_runs import opened
 from postgres import postgresql
 
 pytest.importorskip("dbos")
@@ -25,19 +25,13 @@ import durable_worker as worker
 
 from agentkit.records import RunRecord
 from agentkit_tracking import durable
+from agentkit_tracking.runlog import RunLog
 
 WORKER = Path(__file__).with_name("durable_worker.py")
 
 
-@contextmanager
-def opened(**options: Any) -> Iterator[durable.Runner]:
-    with durable.Runner(approver=lambda request: False, poll_s=0.05, grace_s=5.0, **options) as runner:
-        yield runner
-
-
 def logged(home: Path) -> list[dict[str, Any]]:
-    lines = [line for path in (home / "runs").glob("*.jsonl") for line in path.read_text().split("\n")[:-1]]
-    return [json.loads(line) for line in lines]
+    return RunLog(home / "log").sql("SELECT * FROM outcomes").to_dicts()
 
 
 @pytest.fixture

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import dspy
 import pytest
+from durable_runs import opened
 from hedgehogs import Found, Hedgehog, doing
 from releases import put_in_production, store  # noqa: F401
-
-pytest.importorskip("dbos")
 
 import agentkit as ak
 from agentkit.approvals import ApprovalRequest, Decision
@@ -38,12 +35,6 @@ def program(text: str) -> dict:
 
 system = ak.adopt(program, name="payer", tools=[pay])
 '''
-
-
-@contextmanager
-def opened(person: Any = lambda request: False) -> Iterator[durable.Runner]:
-    with durable.Runner(approver=person, poll_s=0.05, grace_s=5.0) as runner:
-        yield runner
 
 
 def test_what_a_model_said_is_given_back_with_its_tokens_and_cost() -> None:

@@ -1,5 +1,7 @@
 """Evaluating: the verdict and the hashes are given outside the kernel, which executes the release's own source."""
 
+# ruff: noqa: F811 (fixtures of another module are imported by name)
+
 from __future__ import annotations
 
 import contextlib
@@ -12,16 +14,11 @@ from typing import Any
 import polars as pl
 import pytest
 from evidence import Store, without_kernel
-from tampering import marked
+from tampering import store  # noqa: F401
 
 from agentkit.errors import TrustError, UsageError
 from agentkit.examples import sha256_of
 from agentkit_tracking import registry
-
-
-@pytest.fixture
-def store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    return marked(own_home, monkeypatch)
 
 
 @pytest.mark.parametrize("forged", ["verdict", "settings"])

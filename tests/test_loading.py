@@ -1,5 +1,7 @@
 """Loading: whatever was changed in the database or on disk is said, and nothing of a release has run by then."""
 
+# ruff: noqa: F811 (fixtures of another module are imported by name)
+
 from __future__ import annotations
 
 import base64
@@ -17,15 +19,17 @@ from evidence import Store, agentkit, as_user
 from tampering import (
     EVE,
     alias,
+    append,
+    artifacts,
     by_a_stranger,
     executed,
     fresh,
     history,
     loads,
-    marked,
     put,
     refused,
     registry_hash,
+    store,  # noqa: F401
     tag,
     text_of,
     told,
@@ -36,12 +40,6 @@ from agentkit_pipelines import promotion
 from agentkit_tracking import keys, loading, registry
 from agentkit_tracking.home import connect
 from agentkit_tracking.keys import Trust
-
-
-@pytest.fixture
-def store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    return marked(own_home, monkeypatch)
-
 
 # ---- straight in the database
 
@@ -322,11 +320,6 @@ def test_what_a_fresh_machine_cannot_know(store: Store) -> None:
 # ---- on disk
 
 
-def artifacts(version: int) -> Path:
-    location = connect().get_logged_model(str(registry.resolve(f"colours/{version}").model_id)).artifact_location
-    return Path(location.removeprefix("file://"))
-
-
 def take_the_files_of_3(folder: Path) -> None:
     shutil.rmtree(folder)
     shutil.copytree(artifacts(3), folder)
@@ -423,10 +416,6 @@ def another(store: Store, tmp_path: Path) -> Iterator[Store]:
     marker = os.environ["MARKER"]
     with as_user(tmp_path / "another", "Bob", MLFLOW_TRACKING_URI=f"sqlite:///{store.database}", MARKER=marker):
         yield store
-
-
-def append(path: Path, text: str) -> None:
-    path.write_text(path.read_text() + text)
 
 
 def trust_ada(store: Store) -> keys.TrustedKey:

@@ -1,11 +1,12 @@
 """Loading and moving production: whose keys count, and what somebody without one cannot bring about."""
 
+# ruff: noqa: F811 (fixtures of another module are imported by name)
+
 from __future__ import annotations
 
 import base64
 import json
 import re
-from pathlib import Path
 
 import pytest
 from evidence import Store, agentkit, source
@@ -17,10 +18,10 @@ from tampering import (
     fresh,
     history,
     loads,
-    marked,
     put,
     refused,
     registry_hash,
+    store,  # noqa: F401
     tag,
     text_of,
     trusting,
@@ -36,12 +37,6 @@ from agentkit_tracking.home import connect
 from agentkit_tracking.keys import SigningKey
 from agentkit_tracking.source import load_entry, parse_entry
 from agentkit_tracking.statements import Evidence, Registration, sign
-
-
-@pytest.fixture
-def store(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    return marked(own_home, monkeypatch)
-
 
 # ---- keys
 

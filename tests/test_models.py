@@ -17,7 +17,7 @@ import dspy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from provider import FAST, MODEL, Reply, Serve, prompt, serving
+from provider import FAST, MODEL, Reply, Serve, prompt
 
 import agentkit as ak
 from agentkit.budget import Budget, Ledger
@@ -27,12 +27,6 @@ from agentkit.records import RunRecord
 
 TICKET = "I was charged twice for one order."
 FREE = Budget(None, None, None, None, None, None)
-
-
-@pytest.fixture
-def serve(project: Path) -> Iterator[Serve]:
-    with serving(project) as start:
-        yield start
 
 
 def triage(budget: Budget | None = None) -> ak.System:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dspy
 import polars as pl
 import pytest
-from provider import Reply, Request, Serve, answer, prompt, serving
+from provider import Reply, Request, Serve, answer, prompt
 from pydantic import BaseModel
 
 import agentkit as ak
@@ -31,12 +30,6 @@ CASES = [
 BOTH = frozenset({"cost", "latency"})
 A_FIFTH = [case.inputs["ticket"] for case in CASES[::5]]
 PHASES = {"planning_s": "label", "execution_s": "facts", "reflection_s": "reply"}
-
-
-@pytest.fixture
-def serve(project: Path) -> Iterator[Serve]:
-    with serving(project) as start:
-        yield start
 
 
 def triage() -> ak.System:

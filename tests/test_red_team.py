@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from attacks import (
     MALLORY,
     PROMPT,
     Attack,
-    Person,
     Site,
     add_neighbours,
     described,
@@ -40,6 +39,7 @@ from attacks import (
 from evidence import Store, agentkit, as_user, without_kernel
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from red_team import one_of_many_wins, promote_at_once, refused
 from releases import furnish
 
 from agentkit.errors import ReleaseError
@@ -61,45 +61,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield site
 
 
-def camel(name: str) -> str:
-    return name[0] + name.title().replace("_", "")[1:]
-
-
-def requests_of(attack: Attack, site: Site) -> Iterator[tuple[str, dict[str, Any], tuple[int, ...]]]:
-    """The same attack by each route: prefix, what to send, and what may be answered."""
-    body = attack.filled(site)
-    text, kind = json.dumps(body), {"Content-Type": "application/json"}
-    yield "/api", {"content": text, "headers": kind}, (attack.status,)
-    yield "/ajax-api", {"content": text, "headers": kind}, (attack.status,)
-    yield "/api", {"content": json.dumps(text), "headers": kind}, (attack.status,)
-    yield "/ajax-api", {"content": text, "headers": {"Content-Type": "text/plain"}}, (400, attack.status)
-    yield "/api", {"content": text}, (400, attack.status)
-    spelled = json.dumps({camel(k): v for k, v in body.items()})
-    if spelled != text:
-        yield "/api", {"content": spelled, "headers": kind}, (400, attack.status)
-
-
-def refused(site: Site, attack: Attack, *, every_route: bool = True) -> None:
-    """Ask, be refused with a way to promote instead, and find everything as it was."""
-    before = site.state()
-    path = attack.path.replace("{model}", site.model_id)
-    for prefix, options, statuses in requests_of(attack, site):
-        answer = site.ask(attack.method, f"{prefix}/2.0/mlflow/{path}", **options)
-        assert answer.status_code in statuses, answer.text
-        if answer.status_code == 403:
-            said = answer.json()
-            assert said["error_code"] == "PERMISSION_DENIED"
-            assert "agentkit promote" in said["message"]
-            assert attack.says in said["message"]
-        if not every_route:
-            break
-    assert site.state() == before
-
-
-def test_names_of_attacks_are_unique() -> None:
-    assert len({a.what for a in ATTACKS}) == len(ATTACKS)
-
-
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 def test_is_refused_by_every_route(guarded: Site, attack: Attack) -> None:
     refused(guarded, attack)
@@ -111,6 +72,7 @@ def test_after_all_that_production_is_what_it_was(guarded: Site) -> None:
 
 
 # ---- by the SDK
+
 
 Try = Callable[[MlflowClient, Site], Any]
 
@@ -247,69 +209,6 @@ def test_graphql_has_nothing_that_could_move_production(guarded: Site) -> None:
         query = f'mutation {{{name}(input: {{name: "colours", alias: "production", version: "3"}}) {{output}}}}'
         assert "errors" in guarded.ask("POST", "/graphql", json={"query": query}).json()
     assert guarded.state() == before
-
-
-# ---- what there is to attack
-
-FREE_ROUTES = {
-    "registered-models/get-latest-versions": "reads",
-    "webhooks": "tells others of changes; changes none",
-    "webhooks/<webhook_id>": "as above",
-    "webhooks/<webhook_id>/test": "as above",
-    "traces/link-prompts": "writes into a trace, not into the prompt",
-    "prompt-optimization/jobs": "a job adds a prompt version, as anybody may; it sets no alias and no tag of another",
-    "prompt-optimization/jobs/search": "reads",
-    "prompt-optimization/jobs/<job_id>": "as above",
-    "prompt-optimization/jobs/<job_id>/cancel": "as above",
-    "demo/generate": "makes prompts of its own through the same store, which refuses their alias production, too",
-    "demo/delete": "deletes them through the same store",
-    "runs/create-promptlab-run": "makes a run",
-}
-FREE_METHODS = {
-    "copy_model_version": "calls what is guarded",
-    "create_prompt": "as above",
-    "create_prompt_version": "as above",
-    "delete_prompt": "as above",
-    "delete_prompt_alias": "as above",
-    "delete_prompt_tag": "as above",
-    "delete_prompt_version": "as above",
-    "delete_prompt_version_tag": "as above",
-    "set_prompt_alias": "as above",
-    "set_prompt_tag": "as above",
-    "set_prompt_version_tag": "as above",
-    "create_webhook": "tells others of changes",
-    "delete_webhook": "as above",
-    "test_webhook": "as above",
-    "update_webhook": "as above",
-    "link_prompt_version_to_model": "a note on a logged model, which the tracking store guards",
-    "link_prompt_version_to_run": "a note on a run, which the tracking store guards",
-    "link_prompts_to_trace": "a note on a trace",
-    "supports_workspaces": "reads",
-}
-
-
-def test_every_route_that_changes_the_registry_is_attacked_or_said_to_be_free() -> None:
-    """A route that a later MLflow adds fails here, until somebody has looked at it."""
-    from mlflow.server import app
-
-    found = set()
-    for rule in app.url_map.iter_rules():
-        _, _, path = rule.rule.partition("/mlflow/")
-        family = path.partition("/")[0]
-        ours = family in ("registered-models", "model-versions", "webhooks", "demo") or "prompt" in path
-        if ours and set(rule.methods or ()) - {"GET", "HEAD", "OPTIONS"}:
-            found.add(path)
-    assert found - {a.path for a in ATTACKS} == set(FREE_ROUTES)
-
-
-def test_every_method_that_changes_the_registry_is_guarded_or_said_to_be_free() -> None:
-    from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
-
-    from agentkit_tracking.guard.registry_store import GuardedStore
-
-    public = {n for n in dir(SqlAlchemyStore) if not n.startswith(("_", "get_", "search_", "list_"))}
-    public -= {"CREATE_MODEL_VERSION_RETRIES"}
-    assert public - set(vars(GuardedStore)) == set(FREE_METHODS)
 
 
 # ---- what is stored, but does not count
@@ -496,93 +395,9 @@ def test_what_was_never_in_production_may_be_deleted(guarded: Site) -> None:
 
 # ---- two at once
 
-RACE = """
-import sys, time
-from pathlib import Path
-from releases import finished
-from agentkit.errors import ReleaseError
-from agentkit_pipelines import promotion
-from agentkit_tracking.keys import signing_key
-
-number, folder, meeting = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-done, made = finished(folder, f"colours/{number}"), promotion.histories.next_entry
-
-def made_at_the_same_time(*arguments, **named):
-    entry = made(*arguments, **named)
-    (meeting / number).touch()
-    while len(list(meeting.iterdir())) < 2:
-        time.sleep(0.01)
-    return entry
-
-promotion.histories.next_entry = made_at_the_same_time
-try:
-    promotion.commit(done, signing_key(), why=f"{number} was faster")
-except ReleaseError as e:
-    print(f"{type(e).__name__}: {e}")
-else:
-    print("won")
-"""
-
-
-def promote_at_once(site: Site, first: int, second: int, tmp_path: Path) -> None:
-    """Two people, each with a home of his own, promote two versions with the same idea of what is in production."""
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
-    before, running = len(site.history.entries), {}
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    with ExitStack() as ends:
-        for number, who in {first: GRACE, second: Person("Heidi", GRACE.key, GRACE.pem)}.items():
-            with site.used_by(who):
-                done = Store(site.home).evaluate(f"colours/{number}")
-                process = subprocess.Popen(
-                    [sys.executable, "-c", RACE, str(number), str(done.folder), str(meeting)],
-                    env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                )  # fmt: skip
-            running[number] = ends.enter_context(process)
-            ends.callback(process.kill)
-        answers = {number: process.communicate(timeout=200) for number, process in running.items()}
-    for number, (_, err) in answers.items():
-        assert running[number].returncode == 0, err[-3000:]
-    [winner] = [n for n, (out, _) in answers.items() if out.startswith("won")]
-    [loser] = set(answers) - {winner}
-    assert site.consistent() == winner
-    assert len(site.history.entries) == before + 1
-    assert site.history.entries[-1].move.why == f"{winner} was faster"
-    assert "somebody else was faster" in answers[loser][0]
-
 
 def test_of_two_promotions_at_once_one_wins(guarded: Site, tmp_path: Path) -> None:
     promote_at_once(guarded, 3, guarded.newest(), tmp_path)
-
-
-def one_of_many_wins(site: Site, rounds: int) -> None:
-    """Eight people sign different next entries, all valid, and send them at the same moment."""
-    for _ in range(rounds):
-        head = site.history.head
-        assert head is not None
-        number = head.move.sequence + 1
-        moved = {"event": "withdrawn", "version": None, "prompts": None, "evidence": None, "release": head.move.release}
-        if head.move.version is None:
-            back = site.history.promotion_of(2)
-            assert back is not None
-            same = {k: getattr(back.move, k) for k in ("version", "release", "prompts", "evidence")}
-            moved = {"event": "rolled_back", **same}
-        gate = threading.Barrier(8)
-
-        def send(
-            who: int, number: int = number, moved: dict[str, Any] = moved, gate: threading.Barrier = gate
-        ) -> httpx.Response:
-            body = {"name": "colours", "key": f"{KEY}{number:06}", "value": entry(site, **moved, why=str(who))}
-            gate.wait(60)
-            return site.ask("POST", "/api/2.0/mlflow/registered-models/set-tag", json=body)
-
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(send, range(8)))
-        won = [who for who, a in enumerate(answers) if a.status_code == 200]
-        assert len(won) == 1, [a.text for a in answers]
-        assert all("somebody else was faster" in a.json()["message"] for a in answers if a.status_code != 200)
-        assert site.history.entries[-1].move.why == str(won[0])
-        assert site.consistent() == moved["version"]
 
 
 def test_of_many_entries_at_once_one_is_written(guarded: Site) -> None:

@@ -25,8 +25,8 @@ from attacks import (
 )
 from evidence import Store, agentkit
 from postgres import postgresql
+from red_team import one_of_many_wins, promote_at_once, refused
 from servers import mlflow_server
-from test_red_team import one_of_many_wins, promote_at_once, refused
 
 from agentkit.errors import TrustError
 from agentkit_tracking.history import KEY

@@ -85,6 +85,7 @@ def test_data_that_only_speaks_of_secrets_stays(data: dict[str, Any]) -> None:
 UNITS = ["a", "1", " ", ".", "@", "-", "a.", "a@", "@.", "1 ", "1-", "a@a.", "a@b.-", "a+@", "+1", "(0", "A", "DE89 "]
 UNITS += ["eyJ-", "eyJaaaaaaaa.", "-----BEGIN PRIVATE KEY-----", "-----BEGIN ", "sk-", "bearer ", "://a:", "\\"]
 UNITS += ["password ", 'password="', "password=\"'", "token: ", "aA", "secret_"]
+UNITS += [": ", "= ", "key:", 'key\\":', "sk-a ", "://", "://a@", "a@ ", "AB12", "2026-11-21 ", "ya2", "é", "\u2028"]
 
 
 @pytest.mark.parametrize("before", ["", "x@x", 'password="', "://a:", "eyJ"])

@@ -6,7 +6,6 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -128,13 +127,6 @@ def test_a_phase_that_fails_is_timed_up_to_its_failure() -> None:
 
 
 # --- the record ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def records() -> Iterator[list[RunRecord]]:
-    kept: list[RunRecord] = []
-    with ak.add_sink(kept.append):
-        yield kept
 
 
 def test_every_run_hands_over_exactly_one_record(records: list[RunRecord]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from test_control import cluster, either, own_control, plane, request_for, steered  # noqa: F401
+from test_control import either, own_control, plane, request_for, steered  # noqa: F401
 from typer.testing import CliRunner
 
 from agentkit.errors import Stopped, UsageError

@@ -50,13 +50,6 @@ def desk() -> ak.System:
 
 
 @pytest.fixture
-def records() -> Iterator[list[RunRecord]]:
-    kept: list[RunRecord] = []
-    with ak.add_sink(kept.append):
-        yield kept
-
-
-@pytest.fixture
 def dspy_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What DSPy has to complain about; its logger does not propagate."""
     logging.getLogger("dspy").addHandler(caplog.handler)

@@ -13,12 +13,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 from tau import Report as TauReport
-from tau import calls_of_trajectory, ground_truth, share
+from tau import ground_truth
 from tau_airline import Airline
 from tau_attacks import STALE, Attack, attacks_on, strike
 from tau_desk import Asked, Desk, Person, Store, closed, play, run_once
+from tau_report import share
 from tau_retail import Failed, Retail, arithmetic, prescribed_reads
 from tau_telecom import Observed, calls_of, customer_of, schemas_of, unwrapped, verb_of
+from tau_trajectories import calls_of_trajectory
 
 TEXT = {"type": "string"}
 TEXTS = {"type": "array", "items": TEXT}

@@ -18,7 +18,7 @@ import polars as pl
 import pytest
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from evidence import Store, agentkit, as_user, promoted, without_kernel
-from test_loading import append, artifacts, put, tag, text_of
+from tampering import append, artifacts, by_a_stranger, put, tag, text_of
 
 from agentkit.errors import TrustError, UsageError
 from agentkit.examples import sha256_of
@@ -369,8 +369,6 @@ def test_an_altered_store_is_not_saved_as_a_proof(store: Store, tmp_path: Path) 
 
 def test_a_forged_entry_in_the_past_is_remarked(store: Store) -> None:
     """One that was built upon cannot be taken out; what stands on it is signed."""
-    from test_loading import by_a_stranger
-
     by_a_stranger(store, 3)
     promotion.rollback("colours", why="forged")
     found = verification.verify("colours@production")

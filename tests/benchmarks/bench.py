@@ -29,6 +29,7 @@ import dspy
 import durable
 import guarding
 import numpy as np
+import operations_page
 import polars as pl
 import warm_runner
 from dspy.lm15 import Message, Response, TextPart, Usage
@@ -225,6 +226,7 @@ def main() -> None:
     durable.measure(note)
     warm_runner.measure(note)
     guarding.measure(note)
+    operations_page.measure(note)
     for name, label in (("banking77", "category"), ("hwu64", "intent")):
         path = data / name / "train.csv" if data else None
         if path is not None and path.is_file():
