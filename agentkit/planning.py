@@ -115,7 +115,9 @@ class Planner(Agent):
 
     def fill(self, run: Run, step: str, **inputs: Any) -> dict[str, Any]:
         """The arguments of a step, by code; where a subclass writes it, the model only chooses steps."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__}.fill gives no arguments for {step!r}; where it is written, it gives those of every step"
+        )
 
     def open_steps(self, so_far: list[Fact]) -> list[str]:
         """The steps that are allowed next, `finish` alone if no other is."""

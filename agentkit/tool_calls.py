@@ -6,14 +6,14 @@ import copy
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotDone
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentkit import clock
 from agentkit.breaker import Breaker
 from agentkit.jsonable import canonical
+from agentkit.threads import begin
 
 if TYPE_CHECKING:
     from cachetools import TTLCache
@@ -48,18 +48,13 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     Raises:
         Overdue: it was not done in time. It cannot be stopped, but what it calls through a run from then on is refused.
     """
-    done: Future[T] = Future()
-    lease, context = Lease(), copy_context()
-    context.run(_lease.set, lease)
+    lease = Lease()
 
-    def target() -> None:
-        try:
-            done.set_result(context.run(work))
-        except BaseException as e:
-            done.set_exception(e)
+    def leased() -> T:
+        _lease.set(lease)  # in the thread's own context
+        return work()
 
-    # A daemon: a tool that hangs must not keep the process from ending.
-    threading.Thread(target=target, name="agentkit-tool", daemon=True).start()
+    done = begin(leased, "agentkit-tool")
     try:
         return done.result(seconds)
     except NotDone:

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, ParamSpec, TypedDict, TypeVar, Unpack, get_args, get_type_hints, overload
+from typing import Any, Generic, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, get_args, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, PydanticSchemaGenerationError, TypeAdapter, ValidationError, create_model
 
@@ -215,21 +215,21 @@ class Tool(Generic[P, R]):
         }
 
 
-class Arguments:
+class Arguments(Protocol):
     """How a tool's arguments are described and checked."""
 
     names: frozenset[str]
 
     def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments in their declared types; raises ValueError with one phrase per field."""
-        raise NotImplementedError
+        ...
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema."""
-        raise NotImplementedError
+        ...
 
 
-class TypedArguments(Arguments):
+class TypedArguments:
     """From the type hints of a function, by pydantic."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -248,7 +248,7 @@ class TypedArguments(Arguments):
         return schema
 
 
-class SchemaArguments(Arguments):
+class SchemaArguments:
     """From a JSON schema."""
 
     def __init__(self, parameters: dict[str, Any]) -> None:

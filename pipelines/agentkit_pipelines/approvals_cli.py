@@ -9,6 +9,7 @@ import typer
 
 from agentkit.errors import UsageError
 from agentkit_pipelines import terminal
+from agentkit_pipelines.options import Why
 
 if TYPE_CHECKING:
     from agentkit_tracking.control.decisions import Approval
@@ -94,7 +95,7 @@ def approve(
 @approvals_app.command()
 def reject(
     identity: Identity,
-    why: Annotated[str, typer.Option(help="recorded")],
+    why: Why,
 ) -> None:
     """The call is not made; the agent goes on without it."""
     from agentkit_tracking.control import ControlPlane

@@ -10,6 +10,7 @@ import typer
 
 from agentkit.errors import AgentkitError, UsageError
 from agentkit_pipelines import terminal
+from agentkit_pipelines.options import Why
 
 if TYPE_CHECKING:
     from agentkit_tracking.control.stops import Target
@@ -52,7 +53,7 @@ def stop(
 
 def resume(
     target: Annotated[str, typer.Argument(help=f"as it was stopped (see `agentkit stop --list`): {_GRAMMAR}")],
-    why: Annotated[str, typer.Option(help="recorded")],
+    why: Why,
 ) -> None:
     """Let what was stopped run again. Other stops that cover it stay in force."""
     from agentkit_tracking.control import HOLDS_WITHIN_S, ControlPlane

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentkit.errors import UsageError
+from agentkit_pipelines.options import Trusted
 
 if TYPE_CHECKING:
     from agentkit.mcp import Listed, RemoteTool, Server
@@ -112,9 +113,7 @@ def serve(
     ] = "127.0.0.1",
     allow_host: Annotated[list[str] | None, typer.Option(help="further `Host` headers to answer to")] = None,
     at_once: Annotated[int, typer.Option(min=1, help="runs at the same time")] = 4,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")
-    ] = False,
+    trust: Trusted = False,
 ) -> None:
     """Serve systems as tools: over stdio to the program that started this, or over HTTP at /mcp until Ctrl-C."""
     from agentkit import mcp

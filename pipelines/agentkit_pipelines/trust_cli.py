@@ -9,13 +9,13 @@ import typer
 
 from agentkit.errors import UsageError
 from agentkit_pipelines import terminal
+from agentkit_pipelines.options import Golden, Reference, SystemName, Trusted, Why
 
 NOT_PROVEN = 3
 keys_app = typer.Typer(
     help="Signing keys. The private key belongs to whoever promotes; loaders and servers hold public ones in trust.json.",
     no_args_is_help=True,
 )
-Reference = Annotated[str, typer.Argument(help="name@production, name/3, or a release id")]
 
 
 @keys_app.command()
@@ -89,7 +89,7 @@ def rotate() -> None:
 @keys_app.command()
 def revoke(
     key: Annotated[str, typer.Argument(help="its id, or how it begins")],
-    why: Annotated[str, typer.Option(help="recorded")] = "no reason given",
+    why: Why = "no reason given",
 ) -> None:
     """Take a key's word back, here: nothing it signed counts any more; what it put into production has to be promoted again."""
     from agentkit_tracking import keys
@@ -152,13 +152,11 @@ def verify(
 
 def reproduce(
     reference: Reference,
-    golden: Annotated[Path | None, typer.Option(help="golden set, JSONL [default: data/<system>/golden.jsonl]")] = None,
+    golden: Golden = None,
     recorded_only: Annotated[
         bool, typer.Option("--recorded-only", help="judge the recorded results; evaluate nothing")
     ] = False,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")
-    ] = False,
+    trust: Trusted = False,
 ) -> None:
     """Judge a version's recorded results again, evaluate it again, and say how far that differs.
 
@@ -190,7 +188,7 @@ def reproduce(
     raise typer.Exit(0 if found.holds else NOT_PROVEN)
 
 
-def history(system: Annotated[str, typer.Argument(help="name of the system")]) -> None:
+def history(system: SystemName) -> None:
     """Who was in production when, by what evidence, signed by whom, and why it left."""
     from rich.markup import escape
     from rich.table import Table

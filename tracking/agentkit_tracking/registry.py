@@ -10,28 +10,55 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import subprocess
 import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from agentkit.errors import ReleaseError, SourceError, TrustError, UnknownReference, UsageError
+from agentkit.errors import SourceError, TrustError, UsageError
 from agentkit.systems import System, adopt
 from agentkit_tracking import manifest as manifests
-from agentkit_tracking.history import DESCRIPTION_LIMIT, seen
-from agentkit_tracking.home import author, connect, experiment_id, home
+from agentkit_tracking.fetching import check_stored, fetch_folder, fetch_version
+from agentkit_tracking.history import DESCRIPTION_LIMIT
+from agentkit_tracking.home import author, connect, experiment_id
 from agentkit_tracking.keys import load_trust, signing_key
 from agentkit_tracking.live import differences
+from agentkit_tracking.lookup import (
+    Registered,
+    Version,
+    find_release,
+    look_up,
+    prompts_of,
+    resolve,
+    systems,
+    versions,
+)
 from agentkit_tracking.manifest import Manifest, read_release
 from agentkit_tracking.rules import PROMPTS, REGISTRATION, TAG
 from agentkit_tracking.source import Entry, adopt_from, load_entry, parse_entry, prepared
 from agentkit_tracking.statements import Registration, read, sign, signer
+
+__all__ = [
+    "CANDIDATE",
+    "Registered",
+    "Version",
+    "check_stored",
+    "describe",
+    "fetch_folder",
+    "fetch_version",
+    "find_release",
+    "look_up",
+    "prompt_text",
+    "prompts_of",
+    "register",
+    "register_file",
+    "resolve",
+    "store",
+    "systems",
+    "versions",
+]
 
 CANDIDATE = "candidate"
 _PROMPT_LIMIT = 100_000  # characters; mlflow takes no longer prompt
@@ -40,28 +67,6 @@ _HOW_TO_PROMOTE = (
     "Releases of the agent system `{0}`. To ask for a promotion, give a version the alias `candidate`; the next "
     "`agentkit promote --candidates` evaluates it and sets `production` if the thresholds are cleared."
 )
-
-
-@dataclass(frozen=True)
-class Version:
-    """A registered release. `created` is False when its content had been registered before."""
-
-    name: str
-    number: int
-    release_id: str
-    created: bool = False
-    tags: dict[str, str] | None = None
-    aliases: tuple[str, ...] = ()
-    model_id: str | None = None
-    created_at: float = 0.0  # seconds since the epoch
-    stage: str = "None"  # MLflow's old stages; ours are aliases
-    description: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.number}"
-
-
-# ---- register
 
 
 def register(system: System | Any, source: str | Path | None = None) -> Version:
@@ -272,207 +277,3 @@ def describe(manifest: Manifest, prompts: dict[str, dict[str, Any]]) -> str:
         f"{agents or '- adopted program'}\n\n#### Prompts\n\n{listed or '- none'}\n"
     )
     return text[:DESCRIPTION_LIMIT]
-
-
-# ---- find
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A system as the registry holds it. Its history is among the tags."""
-
-    name: str
-    tags: dict[str, str]
-    aliases: dict[str, int]
-    versions: list[Version]  # oldest first
-    known: list[str] | None = None  # entries of the history that this machine had seen before it looked
-
-    @property
-    def registrations(self) -> dict[int, str]:
-        """The signed registration of each version that has one."""
-        return {v.number: tags[REGISTRATION] for v in self.versions if REGISTRATION in (tags := v.tags or {})}
-
-
-def versions(name: str) -> list[Version]:
-    """All versions of a system, oldest first; empty if there is none."""
-    return look_up(name).versions
-
-
-def look_up(name: str) -> Registered:
-    """A system's tags, aliases and versions; all empty if there is none of that name."""
-    from mlflow.exceptions import MlflowException
-
-    if not re.fullmatch(r"\w+", name):
-        raise UnknownReference(f"{name!r} is no system's name; give the name alone, without @alias or /number")
-    client, known = connect(), None
-    with suppress(TrustError):  # said where the history is read
-        known = seen(name)
-    try:
-        model = client.get_registered_model(name)
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":  # a store that is down is not an empty one
-            raise
-        return Registered(name, {}, {}, [], known)
-    aliases: dict[int, list[str]] = {}
-    for alias, number in model.aliases.items():
-        aliases.setdefault(int(number), []).append(alias)
-    found = []
-    page: Any = None
-    while page is None or page.token:
-        page = client.search_model_versions(f"name='{name}'", max_results=1000, page_token=page.token if page else None)
-        found += [_version(v, aliases) for v in page]
-    named = {alias: int(number) for alias, number in model.aliases.items()}
-    return Registered(name, dict(model.tags), named, sorted(found, key=lambda v: v.number), known)
-
-
-def _version(v: Any, aliases: dict[int, list[str]]) -> Version:
-    number, source = int(v.version), str(v.source or "")
-    return Version(
-        v.name,
-        number,
-        v.tags.get(f"{TAG}release_id", ""),
-        False,
-        dict(v.tags),
-        tuple(sorted(aliases.get(number, ()))),
-        source.removeprefix("models:/") if source.startswith("models:/m-") else None,
-        v.creation_timestamp / 1000,
-        v.current_stage or "None",
-        v.description or "",
-    )
-
-
-def prompts_of(version: Version) -> dict[str, dict[str, Any]]:
-    """A version's prompts: short name to name, version and sha256 in MLflow's prompt registry."""
-    try:
-        found = json.loads((version.tags or {}).get(PROMPTS, "{}"))
-    except ValueError:  # anybody may make a version; what is in production names its hash
-        return {}
-    return {k: v for k, v in found.items() if isinstance(v, dict)} if isinstance(found, dict) else {}
-
-
-def systems() -> list[str]:
-    """Names of all registered systems."""
-    found, page = [], None
-    client = connect()
-    while page is None or page.token:
-        page = client.search_registered_models(max_results=500, page_token=page.token if page else None)
-        found += [m.name for m in page if f"{TAG}system" in m.tags]
-    return sorted(found)
-
-
-def find_release(name: str, release_id: str) -> Version | None:
-    """The version of `name` with this content hash, or None."""
-    return next((v for v in versions(name) if v.release_id == release_id), None)
-
-
-def resolve(reference: str) -> Version:
-    """`name@alias`, `name/3`, `name` (its newest version) or the first 8 or more characters of a release id.
-
-    Raises:
-        UnknownReference: nothing is registered under it; says what there is.
-    """
-    if re.fullmatch(r"[0-9a-f]{8,64}", reference):
-        every = (v for name in systems() for v in versions(name) if v.release_id.startswith(reference))
-        found = {v.release_id: v for v in every}  # two processes at once may have made two versions of one release
-        if len(found) != 1:
-            raise UnknownReference(f"{len(found)} registered releases begin with {reference!r}; see `agentkit list`")
-        return next(iter(found.values()))
-    shape = re.fullmatch(r"(\w+)(?:@([\w.-]+)|/(\d+))?", reference)
-    if shape is None:
-        raise UnknownReference(f"{reference!r} is no reference; use name@production, name/3, or a release id")
-    name, alias, number = shape.groups()
-    known = versions(name)
-    if not known:
-        have = ", ".join(systems()) or "none yet"
-        raise UnknownReference(
-            f"no system {name!r} is registered (there are: {have}); register one with `agentkit register`"
-        )
-    if number is None and alias is None:
-        return known[-1]
-    for v in known:
-        if v.number == int(number or -1) or alias in v.aliases:
-            return v
-    what = f"version {number}" if number else f"alias {alias!r}"
-    raise UnknownReference(f"{name} has no {what}; its versions are {', '.join(str(v.number) for v in known)}")
-
-
-# ---- fetch
-
-
-def fetch_folder(folder: Path) -> tuple[Path, Manifest]:
-    """A release folder, every file checked against its hash; a folder named by a release id must have that id.
-
-    Raises:
-        ReleaseError: it is none, or not intact.
-    """
-    return folder, read_release(folder, folder.name if _is_release_id(folder.name) else None)
-
-
-def fetch_version(version: Version) -> tuple[Path, Manifest]:
-    """A version's release as a local folder, every file checked against its hash.
-
-    Raises:
-        ReleaseError: it cannot be fetched, or is not intact.
-    """
-    _require_release_id(version)  # before a path is made of it
-    folder = home() / "releases" / version.release_id
-    if folder.exists():
-        try:
-            return folder, _checked(version, folder)
-        except ReleaseError as e:
-            aside = folder.with_name(f"damaged-{uuid.uuid4().hex[:8]}-{folder.name[:12]}")
-            _log.warning("the local copy of %s is damaged (%s); it is kept as %s and fetched anew", version, e, aside)
-            with suppress(FileNotFoundError):  # another process was faster
-                os.replace(folder, aside)
-    if not folder.exists():
-        with _downloaded(version) as got:
-            try:
-                os.replace(got, folder)  # whole or not at all
-            except OSError:
-                if not folder.exists():  # unless another process was faster
-                    raise
-    return folder, _checked(version, folder)
-
-
-def check_stored(version: Version) -> None:
-    """Check the release as the store holds it, which others will fetch; one fetched earlier proves nothing of it.
-
-    Raises:
-        ReleaseError: it cannot be fetched, or is not intact.
-    """
-    with _downloaded(version):
-        pass
-
-
-def _is_release_id(text: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
-
-
-def _require_release_id(version: Version) -> None:
-    if not _is_release_id(version.release_id):
-        raise ReleaseError(f"{version} carries no release id; it was not registered by agentkit")
-
-
-def _checked(version: Version, folder: Path, called: str | None = None) -> Manifest:
-    _require_release_id(version)
-    manifest = read_release(folder, version.release_id, called=called)
-    if manifest.system != version.name:
-        raise ReleaseError(f"{version} holds a release of {manifest.system!r}")
-    return manifest
-
-
-@contextmanager
-def _downloaded(version: Version) -> Iterator[Path]:
-    """The store's copy of a release, checked, in a scratch folder beside the fetched ones."""
-    connect()
-    import mlflow
-
-    releases = home() / "releases"
-    releases.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=releases, ignore_cleanup_errors=True) as scratch:
-        try:
-            got = mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.number}", dst_path=scratch)
-        except Exception as e:
-            raise ReleaseError(f"the artifacts of {version} cannot be fetched: {e}") from e
-        _checked(version, Path(got), f"the store's copy of {version}")
-        yield Path(got)

@@ -8,28 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from hashlib import sha256
 from typing import Any
 
-import sqlalchemy
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
-from mlflow.store.model_registry.dbmodels.models import (
-    SqlModelVersionTag,
-    SqlRegisteredModel,
-    SqlRegisteredModelAlias,
-    SqlRegisteredModelTag,
-)
-from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore
 from mlflow.store.tracking.dbmodels.models import SqlRun
 from mlflow.utils.validation import _validate_model_version
 
 from agentkit.errors import AgentkitError, TrustError
 from agentkit_tracking import history as histories
+from agentkit_tracking.guard.locked_store import LockedStore, atomic
 from agentkit_tracking.history import KEY, History, with_history
 from agentkit_tracking.keys import Trust, load_trust
 from agentkit_tracking.rules import (
@@ -58,31 +49,12 @@ _AT_CREATION = {f"{TAG}release_id", PROMPTS, REGISTRATION, f"{TAG}git_commit", f
 _HISTORY_HEADING, _VERDICT_HEADING = (re.compile(rf"(?im)^\s*#+\s*{word}\b") for word in ("History", "Gate"))
 
 
-def _atomic(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Check and change in one transaction that no entry of the history can come between."""
-
-    @wraps(method)
-    def done(self: GuardedStore, name: str, *args: Any, **kwargs: Any) -> Any:
-        with self._locked(name):
-            return method(self, name, *args, **kwargs)
-
-    return done
-
-
-class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
+class GuardedStore(LockedStore):
     """See the module. Refusals are MlflowExceptions with PERMISSION_DENIED (HTTP 403), for admins, too."""
-
-    ManagedSessionMaker: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._open_session = self.ManagedSessionMaker
-        self.ManagedSessionMaker = self._session
-        self._under_lock = threading.local()
 
     # ---- aliases and stages
 
-    @_atomic
+    @atomic
     def set_registered_model_alias(self, name: str, alias: str, version: Any) -> None:
         """Refused for `production` in any spelling, unless it mirrors the signed history."""
         if is_production(alias):
@@ -91,7 +63,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             )
         super().set_registered_model_alias(name, alias, version)
 
-    @_atomic
+    @atomic
     def delete_registered_model_alias(self, name: str, alias: str) -> None:
         """Refused for `production` while something is in production."""
         if alias == PRODUCTION:
@@ -121,7 +93,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         self._require(not self._is_ours(key) and key != _IS_PROMPT, name, f"deleting the tag {key!r}")
         super().delete_registered_model_tag(name, key)
 
-    @_atomic
+    @atomic
     def set_model_version_tag(self, name: str, version: Any, tag: Any) -> Any:
         """A signed evaluation is checked and written with its verdict; other tags of ours, and a prompt's text, are refused."""
         number = _validate_model_version(version)
@@ -177,26 +149,26 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         self._require(not (is_system and _VERDICT_HEADING.search(text)), name, "a verdict in the description")
         return super().create_model_version(name, source, run_id, tags, *rest, **named)
 
-    @_atomic
+    @atomic
     def rename_registered_model(self, name: str, new_name: str) -> Any:
         """Refused for systems and their prompts: what was signed names them."""
         self._require(self._system_of(name) is None, name, "renaming")
         return super().rename_registered_model(name, new_name)
 
-    @_atomic
+    @atomic
     def delete_registered_model(self, name: str) -> None:
         """Refused where there is a history, and for prompts of releases that were in production."""
         self._require(not self._has_been_in_production(name, None), name, "deleting")
         super().delete_registered_model(name)
 
-    @_atomic
+    @atomic
     def delete_model_version(self, name: str, version: Any) -> None:
         """Refused for versions that are or were in production."""
         was = self._has_been_in_production(name, _validate_model_version(version))
         self._require(not was, name, f"deleting version {version}")
         super().delete_model_version(name, version)
 
-    @_atomic
+    @atomic
     def update_registered_model(self, name: str, description: Any, deployment_job_id: Any = None) -> Any:
         """The history at the end of a system's description stays as it is."""
         if self._is_system(name):
@@ -207,7 +179,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             self._require(ok, name, "changing the history in the description")
         return super().update_registered_model(name, description, deployment_job_id)
 
-    @_atomic
+    @atomic
     def update_model_version(self, name: str, version: Any, description: Any = None) -> Any:
         """An evaluated version's description shows the verdict and is signed; tags are free for notes."""
         text = description or ""
@@ -236,15 +208,13 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
                 history = histories.parse(name, {**before, tag.key: tag.value}, trust)
                 if len(tag.key) != len(KEY) + 6 or history.head is None or history.head.signed.envelope != tag.value:
                     raise TrustError(f"{tag.key!r} is not the next entry")
-                if problems := head_problems(history, self._registrations(session, name), trust):
+                if problems := head_problems(history, self._tag_by_version(session, name, REGISTRATION), trust):
                     raise TrustError("; ".join(problems))
                 self._check_version(session, name, history)
-            session.merge(
-                SqlRegisteredModelTag(workspace=self._get_active_workspace(), name=name, key=tag.key, value=tag.value)
-            )
-            self._point(session, name, history.production)
+            self._write_tag(session, name, tag.key, tag.value)
+            self._point(session, name, PRODUCTION, history.production)
             for prompt, number in self._prompt_aliases(session, name, history.production).items():
-                self._point(session, prompt, number)
+                self._point(session, prompt, PRODUCTION, number)
 
     def _check_version(self, session: Any, name: str, history: History) -> None:
         """The version that an entry names must exist, with that release, those prompts and that evaluation."""
@@ -276,11 +246,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
                 if _is_older(said, before.get(EVALUATION)):
                     raise TrustError("the evaluation is older than the one that is there")
             for key, value in ((EVALUATION, tag.value), (VERDICT, said.evidence.verdict)):
-                session.merge(
-                    SqlModelVersionTag(
-                        workspace=self._get_active_workspace(), name=name, version=version, key=key, value=value
-                    )
-                )
+                self._write_version_tag(session, name, version, key, value)
 
     def _set_registration(self, name: str, version: int, tag: Any) -> None:
         """A signed registration of a version that nobody signed for when it was made."""
@@ -290,15 +256,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             replaceable = present in (None, tag.value) or not _counts(str(present), Registration)
             self._require(replaceable, name, f"another registration of version {version}")
             self._check_registration(name, tags.get(f"{TAG}release_id"), tag.value)
-            session.merge(
-                SqlModelVersionTag(
-                    workspace=self._get_active_workspace(),
-                    name=name,
-                    version=version,
-                    key=REGISTRATION,
-                    value=tag.value,
-                )
-            )
+            self._write_version_tag(session, name, version, REGISTRATION, tag.value)
 
     @staticmethod
     def _check_registration(name: str, release: str | None, text: str) -> None:
@@ -308,56 +266,13 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             except TrustError as e:
                 raise TrustError(f"the registration: {e}") from e
 
-    @contextmanager
-    def _session(self, read_only: bool = True) -> Iterator[Any]:
-        """A session as MLflow's, or the one that holds a lock in this thread."""
-        if (held := getattr(self._under_lock, "session", None)) is not None:
-            yield held
-            return
-        with self._open_session(read_only=read_only) as session:
-            yield session
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[Any]:
-        """A transaction that holds the row of the model, or of the system whose prompt it is: one writer at a time."""
-        if (held := getattr(self._under_lock, "session", None)) is not None:
-            yield held
-            return
-        with self._open_session(read_only=False) as session:
-            for one in dict.fromkeys((name.partition(".")[0], name)):
-                update = sqlalchemy.update(SqlRegisteredModel).where(
-                    SqlRegisteredModel.name == one, SqlRegisteredModel.workspace == self._get_active_workspace()
-                )
-                if session.execute(update.values(name=one)).rowcount:
-                    break
-            self._under_lock.session = session
-            try:
-                yield session
-            finally:
-                self._under_lock.session = None
-
-    def _point(self, session: Any, name: str, version: int | None) -> None:
-        """Set or remove the alias within a transaction."""
-        if version is not None:
-            session.merge(
-                SqlRegisteredModelAlias(
-                    workspace=self._get_active_workspace(), name=name, alias=PRODUCTION, version=version
-                )
-            )
-        elif (alias := self._get_registered_model_alias(session, name, PRODUCTION)) is not None:
-            session.delete(alias)
-
     def _prompt_aliases(self, session: Any, name: str, production: int | None) -> dict[str, int | None]:
         """Each prompt that any version has, and its version in production."""
-        rows = self._get_query(session, SqlModelVersionTag).filter(
-            SqlModelVersionTag.name == name, SqlModelVersionTag.key == PROMPTS
-        )
-        named = {row.version: _prompts(row.value, name) for row in rows}
+        tags = self._tag_by_version(session, name, PROMPTS)
+        named: dict[int | None, dict[str, int]] = {version: _prompts(text, name) for version, text in tags.items()}
         wanted: dict[str, int | None] = {prompt: None for prompts in named.values() for prompt in prompts}
         wanted |= named.get(production, {})
-        exist = {
-            r.name for r in self._get_query(session, SqlRegisteredModel).filter(SqlRegisteredModel.name.in_(wanted))
-        }
+        exist = self._existing(session, wanted)
         return {prompt: number for prompt, number in wanted.items() if prompt in exist}
 
     # ---- looking
@@ -367,23 +282,6 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             tags = self._tags(session, name)
         with _refusing(name):
             return histories.parse(name, tags, _trust())
-
-    def _tags(self, session: Any, name: str) -> dict[str, str]:
-        rows = self._get_query(session, SqlRegisteredModelTag).filter(SqlRegisteredModelTag.name == name)
-        return {row.key: row.value for row in rows}
-
-    def _version_tags(self, session: Any, name: str, version: int) -> dict[str, str]:
-        self._get_sql_model_version(session, name, version)  # raises MLflow's own not-found, also for a deleted one
-        rows = self._get_query(session, SqlModelVersionTag).filter(
-            SqlModelVersionTag.name == name, SqlModelVersionTag.version == version
-        )
-        return {row.key: row.value for row in rows}
-
-    def _registrations(self, session: Any, name: str) -> dict[int, str]:
-        rows = self._get_query(session, SqlModelVersionTag).filter(
-            SqlModelVersionTag.name == name, SqlModelVersionTag.key == REGISTRATION
-        )
-        return {row.version: row.value for row in rows}
 
     def _mirrored(self, name: str) -> int | None:
         """The version that the alias `production` of a model or prompt must name."""
@@ -413,9 +311,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
 
     def _is_release_prompt(self, name: str) -> bool:
         """Whether any version of a prompt was made by registering a release."""
-        with self.ManagedSessionMaker() as session:
-            rows = self._get_query(session, SqlModelVersionTag)
-            return rows.filter(SqlModelVersionTag.name == name, SqlModelVersionTag.key == _SHA).first() is not None
+        return self._find_version_tag(name, _SHA) is not None
 
     def _is_prompt_content(self, name: str, version: int, key: str) -> bool:
         """Whether a tag is part of what a release's prompt says or is run with; MLflow keeps all of it in tags.
@@ -426,9 +322,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
             return False
         if self._is_system(name):
             return True
-        with self.ManagedSessionMaker() as session:
-            rows = self._get_query(session, SqlModelVersionTag)
-            return rows.filter_by(name=name, version=version, key=_SHA).first() is not None
+        return self._find_version_tag(name, _SHA, version) is not None
 
     def _is_prompt_mark(self, name: str, key: str) -> bool:
         """Whether a tag would turn a system into a prompt, or change what kind of prompt a release's is."""
@@ -447,13 +341,7 @@ class GuardedStore(SqlAlchemyStore):  # type: ignore[misc]
         return version in numbers if version is not None else bool(numbers)
 
     def _evaluation(self, name: str, version: int) -> Evaluation | None:
-        with self.ManagedSessionMaker() as session:
-            row = (
-                self._get_query(session, SqlModelVersionTag)
-                .filter_by(name=name, version=version, key=EVALUATION)
-                .first()
-            )
-            text = None if row is None else str(row.value)
+        text = self._find_version_tag(name, EVALUATION, version)
         if text is None:
             return None
         with _refusing(name):
