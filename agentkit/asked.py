@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import dspy
 
-from agentkit.jsonable import jsonable
+from agentkit.jsonable import canonical, jsonable
 
 _BYTES_PER_TOKEN = 3  # of UTF-8; English has more, so an estimate is rather too large than too small
 # Where and as whom to ask: neither part of a question's identity, nor anything to tell another provider.
@@ -15,6 +15,8 @@ _CLIENT = (
     *("api_key", "api_base", "base_url", "api_version", "headers", "extra_headers", "extra_query", "timeout"),
     *("organization", "project", "custom_llm_provider", "azure_ad_token_provider", "cache"),
 )
+
+_PLACE = tuple(name for name in _CLIENT if name not in ("api_key", "azure_ad_token_provider", "timeout", "cache"))
 
 
 @dataclass(slots=True)
@@ -42,6 +44,11 @@ class Asked:
         messages = self.messages or [{"role": "user", "content": self.prompt}]
         data = {"model": model, "type": kind, "messages": messages, "parameters": parameters}
         return cast("dict[str, Any]", jsonable(data))
+
+    def place(self, defaults: dict[str, Any]) -> str:
+        """Where and as whom it is asked, without key and time-out: another server or tenant may answer something else."""
+        merged = {**defaults, **self.options}
+        return canonical({k: merged[k] for k in _PLACE if merged.get(k) is not None}).decode()
 
     def to_another(self, model: str) -> Asked:
         """The same question to another model, without what is meant for this one's server."""

@@ -101,6 +101,11 @@ class Cassette:
             if mode == "record-missing" and not _ends_a_line(path):
                 self._file.write(b"\n")  # an editor may have taken the last one away
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether it has to see every exchange, also one that a cache could answer."""
+        return self.mode == "record"
+
     def close(self, *, finished: bool) -> None:
         """End the recording; one that was broken off does not replace an older one, and stays beside it (`.part`)."""
         if self._file is not None:

@@ -16,6 +16,11 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(error, dspy.LMServerError | dspy.LMTransportError | dspy.LMTimeoutError)
 
 
+def may_be_charged(error: BaseException) -> bool:
+    """Whether the model may have answered, and the provider charge for it, though no answer has arrived."""
+    return isinstance(error, dspy.LMStreamAssemblyError) or _timed_out(error) or _unreadable(error)
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same request may work when it is sent again.
 

@@ -181,7 +181,10 @@ class Server:
         from pydantic import ValidationError
 
         if isinstance(error, mcp.MCPError) and error.code != mcp_types.CONNECTION_CLOSED:
-            return ToolFailed(remote.name, "error", clip(clean(error.message)))
+            # By the SDK's codes a gateway's 504 looks as a server's own refusal does; what was sent may have been done.
+            undone = error.code in (mcp_types.INVALID_PARAMS, mcp_types.METHOD_NOT_FOUND)
+            unknown = remote.permission != "read" and not undone
+            return ToolFailed(remote.name, "error", clip(clean(error.message)), unknown=unknown)
         if isinstance(error, RuntimeError | ValidationError):  # the SDK's word for what breaks schema or protocol
             told = clip(str(clean(str(error))).partition("\n")[0], 500)
             return ToolFailed(remote.name, "malformed", told, unknown=remote.permission != "read")

@@ -61,15 +61,31 @@ def _killed(folder: Path, ids: Sequence[str], kills: int, rng: random.Random) ->
         worker = _started(folder)
         time.sleep(rng.uniform(*_BETWEEN_S))
         if worker.poll() is not None:
+            _check(worker, folder)
             return hit, made
         worker.kill()
         worker.wait()
-        done = set((folder / DONE).read_text().split())
-        hit += [next((run_id for run_id in ids if run_id not in done), ids[-1])]
+        hit += _under_way(folder, ids)
     worker = _started(folder)
+    _check(worker, folder)
+    return hit, kills
+
+
+def _check(worker: subprocess.Popen[str], folder: Path) -> None:
     if worker.wait() != 0:
         raise AgentkitError(f"the worker of the durable runs failed; see {folder / LOG}")
-    return hit, kills
+
+
+def _under_way(folder: Path, ids: Sequence[str]) -> list[str]:
+    """The runs that a worker which is dead had begun and not ended."""
+    from agentkit_tracking.durable.database import WORKFLOW, client_of, database_url
+
+    client = client_of(database_url(f"sqlite:///{folder / DATABASE}"))
+    try:
+        found = client.list_workflows(workflow_ids=list(ids), status="PENDING", name=WORKFLOW, load_output=False)
+    finally:
+        client.destroy()
+    return [one.workflow_id for one in found]
 
 
 def _started(folder: Path) -> subprocess.Popen[str]:
@@ -117,7 +133,7 @@ def _kept(run_id: str) -> tuple[RunRecord | None, list[str]]:
     from agentkit_tracking.runlog import RunLog
 
     log = RunLog()
-    count = int(log.sql("SELECT count(*) AS n FROM runs WHERE run_id = ?", [run_id])["n"][0])
+    count = int(log.sql("SELECT count(*) AS n FROM outcomes WHERE run_id = ?", [run_id])["n"][0])
     if count == 0:
         return None, ["the run was lost: it has no record"]
     if count > 1:

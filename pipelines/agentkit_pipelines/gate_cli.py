@@ -1,4 +1,4 @@
-"""The commands that judge and move: evaluate, promote, rollback, withdraw; and what they share with the others."""
+"""The commands that judge and move: evaluate, chaos, promote, rollback, withdraw; and the exit codes of all."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import typer
 
 from agentkit.errors import AgentkitError, UsageError
 from agentkit_pipelines import terminal
+from agentkit_pipelines.options import (
+    Golden,
+    MaxUsd,
+    Reference,
+    Repeats,
+    Seed,
+    SignedWhy,
+    SystemName,
+    Trusted,
+    Workers,
+)
 
 if TYPE_CHECKING:
     from agentkit_pipelines.evidence import Plan
     from agentkit_pipelines.recording import Say
 
 OK, CRASH, WRONG_USE, FAILED, INCONCLUSIVE = 0, 1, 2, 3, 4
-
-Reference = Annotated[str, typer.Argument(help="name@alias, name/3, name (newest), or a release id")]
-Golden = Annotated[Path | None, typer.Option(help="golden set, JSONL [default: data/<system>/golden.jsonl]")]
-Repeats = Annotated[int | None, typer.Option(min=1, help="runs per case [default: 8 free model, 3 paid]")]
-Seed = Annotated[int, typer.Option(help="of the input perturbations; alike for all versions you compare")]
-Workers = Annotated[int | None, typer.Option(min=1, help="runs at the same time [default: by model]")]
-Trusted = Annotated[bool, typer.Option("--trust", help="execute it although nobody trusted here vouches for it")]
-MaxUsd = Annotated[float | None, typer.Option(min=0, help="stop hard before more than this is spent")]
 
 
 def exit_code(error: AgentkitError) -> int:
@@ -92,7 +95,9 @@ def chaos(
     golden: Golden = None,
     cases: Annotated[int, typer.Option(min=0, help="of the golden set, evenly spread; 0: all")] = 40,
     fault: Annotated[list[str] | None, typer.Option(help="only this one; can be given again [default: all]")] = None,
-    kills: Annotated[int, typer.Option(min=0, help="of workers that run the first 20 cases durably")] = 3,
+    kills: Annotated[
+        int | None, typer.Option(min=0, help="of workers that run the first 20 cases durably; 3, with --max-usd none")
+    ] = None,
     failure_at_most: Annotated[float, typer.Option(min=0, max=1, help="of the runs that a fault hit")] = 0.08,
     seed: Seed = 0,
     max_usd: MaxUsd = None,
@@ -120,6 +125,9 @@ def chaos(
         "cases": cases,
         "seed": seed,
     }
+    if kills and max_usd is not None:
+        raise UsageError("--max-usd does not reach runs in workers; leave out --kills, or --max-usd")
+    kills = (3 if max_usd is None else 0) if kills is None else kills
     parameters |= {"faults": ",".join(fault or ()), "failure_at_most": failure_at_most, "trust": trust, "kills": kills}
     if max_usd is not None:
         parameters["max_usd"] = max_usd
@@ -181,7 +189,7 @@ def promote(
     workers: Workers = None,
     max_usd: MaxUsd = None,
     trust: Trusted = False,
-    why: Annotated[str, typer.Option(help="recorded with who and when")] = "the gate passed",
+    why: SignedWhy = "the gate passed",
 ) -> None:
     """Evaluate, judge, and on the verdict `pass` set `production`. Exit code 3: failed, 4: inconclusive."""
     from agentkit_pipelines import promotion
@@ -263,8 +271,8 @@ def _say(message: str) -> None:
 
 
 def rollback(
-    system: Annotated[str, typer.Argument(help="name of the system")],
-    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
+    system: SystemName,
+    why: SignedWhy = "no reason given",
 ) -> None:
     """Put the previous production release back, whole."""
     from agentkit_pipelines import promotion
@@ -278,8 +286,8 @@ def rollback(
 
 
 def withdraw(
-    system: Annotated[str, typer.Argument(help="name of the system")],
-    why: Annotated[str, typer.Option(help="recorded with who and when")] = "no reason given",
+    system: SystemName,
+    why: SignedWhy = "no reason given",
 ) -> None:
     """Take production out and leave nothing there: loads of NAME@production are refused until a promotion or rollback."""
     from agentkit_pipelines import promotion

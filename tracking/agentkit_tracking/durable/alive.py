@@ -58,6 +58,8 @@ class Files:
         if self._held is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._held = _locked(self._folder / self._executor, os.O_CREAT)
+            if self._held is not None:
+                _held.add(self._held)
 
     def dead(self, executors: Iterable[str]) -> set[str]:
         """Those whose file is not locked."""
@@ -71,6 +73,7 @@ class Files:
         """Remove this process's file, then unlock it."""
         if self._held is not None:
             self.forget(self._executor)
+            _held.discard(self._held)
             os.close(self._held)
             self._held = None
 
@@ -99,6 +102,20 @@ def _locked(path: Path, flags: int = 0) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked child: a lock belongs to the open file, which it would keep for a parent that is dead."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 class Sessions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, cast
 import orjson
 from dbos import DBOSClient, WorkflowStatus
 from dbos import DBOSPortableJSONSerializer as PortableJSON  # the default is pickle, which executes what it reads
+from dbos._serialization import DefaultSerializer
 
 from agentkit.errors import UsageError
-from agentkit.records import RunRecord, Step
+from agentkit.records import RunRecord
 from agentkit_tracking.durable.alive import Files, Register, Sessions
+from agentkit_tracking.durable.entries import step_of
 from agentkit_tracking.durable.works import Order
 from agentkit_tracking.home import file_lock, home
 
@@ -21,6 +24,14 @@ URL_ENV = "AGENTKIT_DURABLE"
 WORKFLOW = "agentkit.run"  # the one kind of workflow there is
 QUEUE = "default"  # where runs that were started without a queue wait once their process is dead
 _SQLITE = "sqlite:///"
+
+
+def _refuse_pickle(text: str) -> Any:
+    """Each row names its own format, so the choice of ours alone would leave it to whoever can write the database."""
+    raise ValueError("this row of the database of durable runs is a pickle, which agentkit never writes: it is not read")
+
+
+DefaultSerializer.deserialize = staticmethod(_refuse_pickle)  # type: ignore[method-assign, assignment]
 
 
 def database_url(given: str | None = None) -> str:
@@ -96,6 +107,12 @@ def find(client: DBOSClient, run_id: str) -> WorkflowStatus:
     return found[0]
 
 
+def checkpoints(client: DBOSClient, run_id: str, first: int) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of a run's checkpoints from a place on."""
+    steps = client.list_workflow_steps(run_id)[first:]
+    return [(step["function_name"], step["output"]) for step in steps if isinstance(step["output"], dict)]
+
+
 def recorded(client: DBOSClient, run_id: str) -> list[str]:
     """The names of a run's checkpoints, in order."""
     return [step["function_name"] for step in client.list_workflow_steps(run_id, load_output=False)]
@@ -108,4 +125,5 @@ def stored(record: RunRecord) -> dict[str, Any]:
 
 def record_of(data: Any) -> RunRecord:
     """The record of what `stored` has made."""
-    return RunRecord(**{**data, "steps": [Step(**step) for step in data["steps"]]})
+    usd = math.nan if data["usd"] is None else data["usd"]  # unknown: JSON has no NaN
+    return RunRecord(**{**data, "usd": usd, "steps": [step_of(step) for step in data["steps"]]})

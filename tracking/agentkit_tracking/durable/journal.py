@@ -8,9 +8,7 @@ a person says what became of it. A row of its own for the intent would tell the 
 
 from __future__ import annotations
 
-import builtins
 import hashlib
-import json
 import threading
 import time
 from collections import deque
@@ -25,14 +23,15 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from dbos import DBOS
 
-from agentkit import errors
-from agentkit.approvals import ApprovalRequest, Decision, decide
+from agentkit.approvals import Decision, decide
 from agentkit.calls import Call
 from agentkit.errors import Refusal, ToolFailed
 from agentkit.jsonable import canonical, jsonable
 from agentkit.records import RunRecord, Step
 from agentkit.states import State
+from agentkit.threads import begin
 from agentkit_tracking.control.database import ControlError
+from agentkit_tracking.durable.entries import Entry, packed, raise_again, step_of, storable, used_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from agentkit.runs import Run
 
 T = TypeVar("T")
-Entry = dict[str, Any]
 RECORD = "record"  # the name of the last checkpoint
 IN_DOUBT = (
     "it was interrupted, and whether it took effect is unknown. Look; then approve: it did not happen, do it now; "
@@ -90,6 +88,8 @@ class Journal:
 
     def __init__(self, recorded: Sequence[str], closing: threading.Event, caught_up: Callable[[], None]) -> None:
         self._recorded = deque(recorded)
+        self._read = 0  # how many of the recorded checkpoints were given back
+        self.unread: int | None = None  # the place of the first that the run has ended without
         self._closing, self._caught_up = closing, caught_up
         # Whether the next thing done may have been done before: not once a checkpoint was made by this process.
         self.may_repeat = bool(recorded)
@@ -142,10 +142,11 @@ class Journal:
     def _match(self, name: str) -> None:
         if not self._recorded:
             return
-        expected = self._recorded.popleft()
+        expected = self._recorded[0]
         if expected != name:
-            self._workflow.copy().run(DBOS.reserve_step)
             self._part(expected, name)
+        self._recorded.popleft()
+        self._read += 1
 
     def _part(self, recorded: str, found: str) -> NoReturn:
         """The journal is of no more use: the code makes another call than it holds."""
@@ -154,6 +155,8 @@ class Journal:
 
     def _burn(self) -> None:
         """Leave what is recorded as it is; what is done from now on (the record of the failed run) comes after it."""
+        if self.unread is None:
+            self.unread = self._read
         for _ in self._recorded:
             self._workflow.copy().run(DBOS.reserve_step)
         self._recorded.clear()
@@ -171,6 +174,7 @@ class Journal:
             raised: list[BaseException] = []
             entry, live = self.step(_name(call), lambda: self._made(call, proceed, answer, raised), call.run)
             if entry["call"] != _digest(call):
+                self.unread = self._read - 1
                 self._part(_name(call), f"{_name(call)} with other arguments")
         except ReplayDiffers as e:
             call.run.refuse(e)
@@ -179,7 +183,7 @@ class Journal:
         if not live:
             self._give_back(call, entry)
         if "raised" in entry:
-            _raise(call.run, entry["raised"])
+            raise_again(call.run, entry["raised"])
         return entry["result"]
 
     def attempt(self, call: Call, proceed: Callable[[], Any]) -> Any:
@@ -220,7 +224,7 @@ class Journal:
             entry["result"] = self._result(call, proceed, answer)
         except (Exception, SystemExit) as e:
             raised.append(e)
-            entry["raised"] = _packed(e)
+            entry["raised"] = packed(e)
         inside = _open.get()
         now = run.ledger.used
         entry |= {
@@ -230,7 +234,7 @@ class Journal:
             "calls": inside.calls if inside else 0,
             "seconds": time.perf_counter() - began,
         }
-        return _storable(entry)
+        return storable(entry)
 
     def _result(self, call: Call, proceed: Callable[[], Any], answer: Decision | None) -> Any:
         if call.kind == "approval":
@@ -252,13 +256,13 @@ class Journal:
             self._took.append((around, seconds))
             if call.tool is not None and call.kind == "tool":  # the first try is reserved, and charged, outside of this
                 inside = sum(step["tries"] for step in entry["steps"])  # of calls that the tool made itself
-                around.tries = 1 + int(entry["used"].get("tool_calls", 0)) - inside
+                around.tries = 1 + int(used_in(entry).get("tool_calls", 0)) - inside
                 around.usd = call.tool.cost_usd * around.tries
         _let_pass(run, seconds)
         if call.kind != "approval":
             run.ledger.excuse(-seconds)
-        run.steps += [Step(**step) for step in entry["steps"]]
-        run.ledger.settle({}, entry["used"])
+        run.steps += [step_of(step) for step in entry["steps"]]
+        run.ledger.settle({}, used_in(entry))
         run.failures += entry["failures"]
         run.skip_calls(entry["calls"])
 
@@ -300,7 +304,7 @@ class Journal:
                     self._took.append((step, found["seconds"]))
                     _let_pass(call.run, found["seconds"])
                 if "raised" in found:
-                    _raise(call.run, found["raised"])
+                    raise_again(call.run, found["raised"])
                 answer = Decision(**found["result"])
                 step.outputs = {n: value for n, value in found["result"].items() if value not in (None, "")}
         return answer
@@ -326,25 +330,13 @@ class Journal:
     def _asked(self, call: Call, key: str) -> Entry:
         run, began = call.run, time.perf_counter()
         run.tell("unknown", f"{call.name}: {IN_DOUBT}", tool=call.name, arguments=call.arguments, key=call.key)
-        request = ApprovalRequest(
-            run.run_id,
-            call.agent or "",
-            call.name,
-            {"call": call.arguments, "result": None},
-            IN_DOUBT,
-            system=run.system,
-            release=run.release,
-            doing=run.doing(),
-            confidence=run.confidence,
-            user=run.caller.user,
-            key=key,
-        )
+        request = run.question(call.name, {"call": call.arguments, "result": None}, IN_DOUBT, key)
         entry: Entry = {}
         try:
             entry["result"] = self._waiting(lambda: asdict(decide(run.approver, request)))
         except Exception as e:  # a stop, say
-            entry["raised"] = _packed(e)
-        return _storable({**entry, "seconds": time.perf_counter() - began})
+            entry["raised"] = packed(e)
+        return storable({**entry, "seconds": time.perf_counter() - began})
 
     def _waiting(self, work: Callable[[], T]) -> T:
         """`work()`, which may take days, on a thread that does not keep the process from ending.
@@ -352,16 +344,7 @@ class Journal:
         Raises:
             Suspended: the process is to end, or nobody can be asked now; the same will be asked again.
         """
-        done: futures.Future[T] = futures.Future()
-        context = copy_context()
-
-        def target() -> None:
-            try:
-                done.set_result(context.run(work))
-            except BaseException as e:
-                done.set_exception(e)
-
-        threading.Thread(target=target, name="agentkit-approval", daemon=True).start()
+        done = begin(work, "agentkit-approval")
         while not futures.wait([done], _LOOK_S).done:
             if self._closing.is_set():
                 raise Suspended("this process is to end")
@@ -384,44 +367,3 @@ def _name(call: Call) -> str:
 
 def _digest(call: Call) -> str:
     return hashlib.sha256(canonical(call.arguments)).hexdigest()
-
-
-# ---- what goes into the database
-
-
-def _storable(entry: Entry) -> Entry:
-    """The entry, with text that is no valid Unicode repaired: a database takes none."""
-    try:
-        json.dumps(entry, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        repaired: Entry = _repaired(entry)
-        return repaired
-    return entry
-
-
-def _repaired(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {_repaired(name): _repaired(item) for name, item in value.items()}
-    return [_repaired(item) for item in value] if isinstance(value, list) else value
-
-
-def _packed(error: BaseException) -> Entry:
-    kinds = [kind.__name__ for kind in type(error).__mro__]
-    return {"kinds": kinds, "message": str(error), "fields": jsonable(vars(error))}
-
-
-def _raise(run: Run, packed: Entry) -> NoReturn:
-    """Raise an error again: of its own class where that is one of agentkit's or Python's, else of the nearest that is."""
-    kind = next(k for name in packed["kinds"] for k in (_error_class(name),) if k is not None)
-    error = kind.__new__(kind, packed["message"])
-    vars(error).update(packed["fields"])
-    if isinstance(error, Refusal):
-        run.refuse(error)
-    raise error
-
-
-def _error_class(name: str) -> type[BaseException] | None:
-    found = getattr(errors, name, None) or getattr(builtins, name, None)
-    return found if isinstance(found, type) and issubclass(found, BaseException) else None

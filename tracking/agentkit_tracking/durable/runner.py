@@ -28,6 +28,7 @@ from agentkit_tracking.durable.alive import Register
 from agentkit_tracking.durable.database import (
     QUEUE,
     WORKFLOW,
+    checkpoints,
     client_of,
     create,
     database_url,
@@ -41,9 +42,10 @@ from agentkit_tracking.durable.database import (
     shown,
     stored,
 )
-from agentkit_tracking.durable.journal import RECORD, Entry, Journal, Suspended
+from agentkit_tracking.durable.entries import Entry
+from agentkit_tracking.durable.journal import RECORD, Journal, Suspended
+from agentkit_tracking.durable.unread import account_for
 from agentkit_tracking.durable.works import Day, Order
-from agentkit_tracking.home import home
 
 # Of the journal's form: runs begun with another are left to processes that know it. It does not change with any code of the
 # user's: what a run may be taken up with is decided by its release and by the journal itself.
@@ -239,7 +241,8 @@ class Runner:
                 )
                 DBOS.enqueue_workflow(name, _workflow, asdict(order))
         kept = order_in(find(self._client, run_id))
-        if (kept.work, kept.system, kept.inputs) != (order.work, order.system, order.inputs):
+        same = ("work", "system", "release", "inputs", "kind", "user", "session")
+        if any(getattr(kept, name) != getattr(order, name) for name in same):
             raise UsageError(f"run {run_id} is there already, and does something else; choose another id")
         return Handle(run_id, self._client)
 
@@ -318,6 +321,8 @@ class Runner:
         with intercept(journal), sinks.emitting_through(keep):
             record, _ = works.carry_out(order, run_id, self._approver or _desk, day, journal.at_end)
         journal.finish()
+        if journal.unread is not None:
+            account_for(record, checkpoints(self._client, run_id, journal.unread))
         record.started_at = began["at"]
         journal.step(RECORD, partial(_emit, record, journal.may_repeat, sinks.emit))
         return stored(record)
@@ -350,12 +355,9 @@ def _emit(record: RunRecord, may_repeat: bool, hand_over: Callable[[RunRecord], 
 
 
 def _is_in_run_log(record: RunRecord) -> bool:
-    begins = f'{{"run_id":"{record.run_id}"'.encode()
-    for path in (home() / "runs").glob("*.jsonl"):
-        with open(path, "rb") as file:
-            if any(line.startswith(begins) and line.endswith(b"\n") for line in file):
-                return True
-    return False
+    from agentkit_tracking.runlog import own
+
+    return own().has_outcome(record.run_id)
 
 
 def _desk(request: Any) -> Any:

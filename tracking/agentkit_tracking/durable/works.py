@@ -203,7 +203,7 @@ def order_of(what: Any, inputs: dict[str, Any], kind: str = "run") -> Order:
         UsageError: it is none of these; ReleaseError: nothing is registered under the reference.
     """
     acting = caller()
-    kept = jsonable(inputs)
+    kept = {name: jsonable(value) for name, value in inputs.items()}
     name = _registered_name(what)
     if name is not None:
         return Order(name, name, None, "draft", kept, kind, acting.user, acting.session)
@@ -249,7 +249,15 @@ def carry_out(
             def fail(run: Run) -> None:
                 raise error
 
-            run = Run(order.system, order.inputs, budget=Budget(), release=order.release, run_id=run_id)
+            run = Run(
+                order.system,
+                order.inputs,
+                budget=Budget(),
+                release=order.release,
+                kind=order.kind,
+                stage=order.stage,
+                run_id=run_id,
+            )
             return run.carry_out(fail)
         return found.carry_out(order, run_id, approver, day, at_end)
 
