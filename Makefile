@@ -11,7 +11,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak lab ui lock clean setup setup-dev peers
+.PHONY: help demo test lint bench soak lab ui lock clean setup setup-dev peers lake
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -19,7 +19,7 @@ help: ## show this list
 demo: setup ## the main job, end to end: four versions, refused, promoted, refused, rolled back (2 to 4 minutes)
 	@$(BIN)/python -m agentkit_pipelines.demo
 
-test: setup-dev ## run the tests, a file on each core
+test: setup-dev lake ## run the tests, a file on each core
 	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TEST_ARGS)
 
 lint: setup-dev ## ruff, mypy, import contracts, notebooks
@@ -28,10 +28,10 @@ lint: setup-dev ## ruff, mypy, import contracts, notebooks
 	@$(BIN)/lint-imports
 	@$(BIN)/marimo check --strict notebooks/*.py
 
-bench: setup-dev peers ## speed and model quality as ratios in one run; DATA=folder adds public data sets
+bench: setup-dev peers lake ## speed and model quality as ratios in one run; DATA=folder adds public data sets
 	@$(BIN)/python tests/benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
-soak: setup-dev ## the long forms of the kill and simulation tests
+soak: setup-dev lake ## the long forms of the kill and simulation tests
 	@AGENTKIT_SOAK=1 $(BIN)/python -m pytest --timeout=7200 $(TEST_ARGS)
 
 lab: setup-dev ## JupyterLab on notebooks/
@@ -73,10 +73,20 @@ $(VENV)/peers/.ready: requirements-bench.lock | setup-dev
 	@{ $(BIN)/uv pip install -q --python $(VENV)/peers/bin/python --require-hashes -r $< --compile-bytecode 2>$(VENV)/uv.log \
 	  || $(VENV)/peers/bin/python -m pip install -q --require-hashes -r $<; } && touch $@ || true
 
+# DuckDB of the version that has extensions for a lake, over the packages of ours. Where it cannot be installed, tests say so.
+lake: $(VENV)/lake/.ready
+$(VENV)/lake/.ready: requirements-lake.lock | setup-dev
+	@echo "agentkit: installing $< into $(VENV)/lake"
+	@test -x $(VENV)/lake/bin/python || $(BIN)/python -m venv --without-pip $(VENV)/lake
+	@$(BIN)/python -c 'import site, pathlib, sys; ours, theirs = site.getsitepackages()[0], next(pathlib.Path("$(VENV)/lake").glob("lib/*/site-packages")); (theirs / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})")'
+	@{ $(BIN)/uv pip install -q --python $(VENV)/lake/bin/python --require-hashes -r $< 2>$(VENV)/uv.log \
+	  || $(BIN)/python -m pip --python $(VENV)/lake/bin/python install -q --require-hashes -r $<; } && touch $@ || true
+
 lock: ## renew the lock files (names, versions, hashes; no index)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra build pyproject.toml -o requirements.lock
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --all-extras pyproject.toml -c requirements.lock -o requirements-dev.lock
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate tests/benchmarks/peers.in -o requirements-bench.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate tests/lake.in -o requirements-lake.lock
 
 clean: ## remove the virtual environment and all local runs
 	rm -rf $(VENV) .agentkit

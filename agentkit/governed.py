@@ -10,7 +10,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from agentkit.approvals import ApprovalRequest, Decision, decide
+from agentkit.approvals import Decision, decide
 from agentkit.autonomy import Situation, Tier
 from agentkit.breaker import CircuitOpen
 from agentkit.calls import Call, around, around_attempt
@@ -47,7 +47,7 @@ def call_tool(run: Run, tool: AnyTool, arguments: Values) -> Any:
     try:
         tier, why = _tier(run, tool, values, write, share)
         if tier is Tier.WAIT:
-            decision = _ask(run, inventory.agent, tool, values, why)
+            decision = _ask(run, tool, values, why)
             if not decision.granted:
                 run.ledger.settle(cost, {})
                 return _drop(write, values)
@@ -83,7 +83,7 @@ class _Write:
     """What a write holds while it is made: the thing it writes to, and that this very call is being made."""
 
     def __init__(self, run: Run, tool: AnyTool) -> None:
-        if run.state is not State.EXECUTING:
+        if run.state not in (State.EXECUTING, State.AWAITING_HUMAN):  # the latter: another thread of the run asks a person
             raise UsageError(
                 f"tool {tool.name!r} changes something outside and was called in {run.state}; call it in `execute`"
             )
@@ -180,21 +180,9 @@ def _tier(run: Run, tool: AnyTool, values: Values, write: _Write | None, share: 
     return Tier(tier), why
 
 
-def _ask(run: Run, agent: str, tool: AnyTool, values: Values, reason: str) -> Decision:
+def _ask(run: Run, tool: AnyTool, values: Values, reason: str) -> Decision:
     call = run.next_call("approval", tool.name, values, tool)
-    request = ApprovalRequest(
-        run.run_id,
-        agent,
-        tool.name,
-        jsonable(values),
-        reason,
-        system=run.system,
-        release=run.release,
-        doing=run.doing(),
-        confidence=run.confidence,
-        user=run.caller.user,
-        key=call.key,
-    )
+    request = run.question(tool.name, values, reason, call.key)
     with run.asking:  # one state machine: a second thread's question waits for the first's answer
         run.to(State.AWAITING_HUMAN, reason)
         began = time.perf_counter()
@@ -228,6 +216,7 @@ def _make(run: Run, tool: AnyTool, values: Values) -> Any:
         # Noted before it happens: an effect that fails half-way has still to be looked at.
         effect = {"tool": tool.name, "arguments": jsonable(values), "outcome": "unknown"}
         run.effects.append(effect)
+        run.hand_over()  # what led to it is kept before it happens
     with run.timed("tool", tool.name, inputs=jsonable(values)) as step:
         try:
             if run.interceptors:

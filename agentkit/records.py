@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import orjson
 
-StepKind = Literal["transition", "model", "tool", "approval", "decision"]
+StepKind = Literal["transition", "model", "tool", "approval", "decision", "handoff"]
 
 
 @dataclass(slots=True)
@@ -16,7 +16,8 @@ class Step:
 
     `name` is the target state, predictor, tool or decision; times are seconds, `started` counted from the start
     of the run; `usd` is what the step cost by the price table; `cached` says that it was answered from memory.
-    Of a tool `tries` counts the attempts, the repeated ones included, and `usd` is what they cost.
+    Of a tool `tries` counts the attempts, the repeated ones included, and `usd` is what they cost. A handoff's `outputs` is
+    the id of the run that the work went to; its steps follow, with that id as their `run`.
     """
 
     kind: StepKind
@@ -34,6 +35,7 @@ class Step:
     error: str | None = None
     cached: bool = False
     tries: int = 0  # of a tool
+    run: str | None = None  # the run that this one called, where it is a step of that
 
 
 @dataclass(slots=True)
@@ -45,7 +47,7 @@ class RunRecord:
     order, each with its `outcome` (done, failed, or unknown: it may have happened); `phases` maps planning, execution
     and reflection to seconds; `waited_s` is time spent on a person; `degraded` says what failed where the agent fell
     back on a lesser result; `partial` is what a failed run had found by then; `parent` is the run that called this
-    one; `user_hash` stands for whoever it acted for.
+    one; `user_hash` stands for whoever it acted for; `budget_used` is the largest share of any limit that was used.
     """
 
     run_id: str
@@ -74,6 +76,7 @@ class RunRecord:
     stage: str = "draft"
     degraded: str | None = None
     partial: dict[str, Any] | None = None
+    budget_used: float | None = None
     result: Any = field(default=None, compare=False)  # the typed object; not stored
 
     def to_json(self) -> bytes:

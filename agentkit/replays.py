@@ -123,7 +123,11 @@ def _parting(left: list[_Numbered], right: list[_Numbered]) -> tuple[_Numbered |
 
 
 def _by_agent(record: RunRecord) -> dict[str | None, list[_Numbered]]:
-    steps = [(n, s) for n, s in enumerate(record.steps, 1) if (s.kind, s.name) != ("decision", "retry")]
+    steps = [
+        (n, s)
+        for n, s in enumerate(record.steps, 1)
+        if s.kind != "handoff" and (s.kind, s.name) != ("decision", "retry")  # an id, and chance
+    ]
     found: dict[str | None, list[_Numbered]] = {}
     for place, (number, step) in enumerate(steps):
         found.setdefault(_agent_of(step), []).append(_Numbered(number, place, step))

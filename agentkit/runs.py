@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import threading
 import time
 import uuid
@@ -13,7 +14,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from agentkit import clock
-from agentkit.approvals import Approver, Decision
+from agentkit.approvals import ApprovalRequest, Approver, Decision
 from agentkit.autonomy import Autonomy
 from agentkit.blackboard import Blackboard, Claims
 from agentkit.budget import Budget, Ledger
@@ -25,6 +26,7 @@ from agentkit.errors import BudgetExceeded, DelegationRefused, IllegalTransition
 from agentkit.governed import call_tool
 from agentkit.jsonable import jsonable
 from agentkit.records import RunRecord, Step, StepKind
+from agentkit.sinks import is_watched, progress
 from agentkit.states import PHASES, TRANSITIONS, State
 from agentkit.tool_calls import abandoned
 from agentkit.tools import Inventory, Tool
@@ -82,12 +84,20 @@ class Run:
         self.inventory: Inventory | None = None
         self._refusal: Refusal | None = None
         self.asking = threading.RLock()
+        self._handing = threading.Lock()
+        self._handed, self._going_on = 0, set[int]()  # how many steps were handed over; those not over yet
+        self._is_watched = kind not in REHEARSALS and is_watched()
         self._numbers, self._children = itertools.count(), itertools.count()
         self._plans = self.failures = 0
         self._look_again = 0.0
         self._started_at = clock.utc()
         self._t0 = self._entered = time.perf_counter()
         self._in_state: dict[State, float] = {}
+
+    @property
+    def started_at(self) -> str:
+        """When it began: UTC, ISO 8601."""
+        return self._started_at.isoformat()
 
     # ---- states
 
@@ -109,6 +119,8 @@ class Run:
         self._in_state[self.state] = self._in_state.get(self.state, 0.0) + spent
         self._step("transition", target, started=self._entered, seconds=spent, inputs=str(self.state), outputs=reason)
         self.state, self._entered = target, now
+        if target is State.AWAITING_HUMAN:
+            self.hand_over()
 
     def degrade(self, error: Exception) -> None:
         """Go on to REFLECTING with a lesser result, because of `error`; the record says so."""
@@ -176,6 +188,22 @@ class Run:
         so_far = ", ".join(dict.fromkeys(done)) or "nothing"
         return f"{self.agent or self.system} is working on {asked[:200]!r}. So far: {so_far}."
 
+    def question(self, tool: str, arguments: Any, reason: str, key: str) -> ApprovalRequest:
+        """What to ask a person about the call `key` of a tool."""
+        return ApprovalRequest(
+            self.run_id,
+            self.agent or "",
+            tool,
+            jsonable(arguments),
+            reason,
+            system=self.system,
+            release=self.release,
+            doing=self.doing(),
+            confidence=self.confidence,
+            user=self.caller.user,
+            key=key,
+        )
+
     def tell(self, kind: str, text: str, **details: Any) -> None:
         """Tell people, through the control plane."""
         plane = control()
@@ -186,10 +214,17 @@ class Run:
         """Add what this run has done so far to its parent's record, whose totals then count it."""
         assert self.parent is not None
         later = self._t0 - self.parent._t0
+        took = time.perf_counter() - self._t0
+        self.parent._step("handoff", self.system, started=self._t0, seconds=took, outputs=self.run_id)
         self.parent.steps += [
-            replace(step, started=step.started + later, agent=step.agent or self.route or self.system)
+            replace(
+                step,
+                started=step.started + later,
+                agent=step.agent or self.route or self.system,
+                run=step.run or self.run_id,
+            )
             for step in tuple(self.steps)
-            if step.kind != "transition"  # those are of another state machine
+            if step.kind not in ("transition", "handoff")  # those are of another state machine
         ]
         self.parent.effects += [dict(effect) for effect in self.effects]
 
@@ -273,6 +308,7 @@ class Run:
         token, result, error = CURRENT.set(self), None, None
         OPEN.add(id(self))
         try:
+            self.hand_over()
             self.heed()
             result = work(self)
             self.heed()
@@ -295,7 +331,7 @@ class Run:
             system=self.system,
             release=self.release,
             kind=self.kind,
-            started_at=self._started_at.isoformat(),
+            started_at=self.started_at,
             seconds=time.perf_counter() - self._t0,
             state=str(self.state),
             route=self.route,
@@ -310,6 +346,7 @@ class Run:
             stage=self.stage,
             degraded=self.degraded,
             partial=None if error is None or not self.partial else jsonable(self.partial),
+            budget_used=self.budget_used(),
             waited_s=self._in_state.get(State.AWAITING_HUMAN, 0.0),
             model_calls=len(models),
             tool_calls=sum(s.tries for s in self.steps),
@@ -324,7 +361,7 @@ class Run:
     def timed(self, kind: StepKind, name: str, inputs: Any) -> Iterator[Step]:
         """Record what the code inside does as a step, with its duration and its error."""
         start = time.perf_counter()
-        step = self._step(kind, name, started=start, inputs=inputs)
+        step = self._step(kind, name, started=start, inputs=inputs, goes_on=True)
         try:
             yield step
         except BaseException as e:
@@ -332,15 +369,34 @@ class Run:
             raise
         finally:
             step.seconds = time.perf_counter() - start
+            self._over(step)
 
     def note(self, kind: StepKind, name: str, **values: Any) -> Step:
         """Record a step that takes no time."""
         return self._step(kind, name, started=time.perf_counter(), **values)
 
-    def _step(self, kind: Any, name: str, *, started: float, **values: Any) -> Step:
+    def _step(self, kind: Any, name: str, *, started: float, goes_on: bool = False, **values: Any) -> Step:
         step = Step(kind, str(name), str(self.state), started - self._t0, agent=self.agent, **values)
+        if goes_on:
+            self._going_on.add(id(step))
         self.steps.append(step)
         return step
+
+    def _over(self, step: Step) -> None:
+        self._going_on.discard(id(step))
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Hand what is over of this run to the sinks that keep runs as they happen: before an effect, and after each call."""
+        if not self._is_watched:
+            return
+        with self._handing:
+            first = end = self._handed
+            while end < len(self.steps) and id(self.steps[end]) not in self._going_on:
+                end += 1
+            if end > first or first == 0:
+                progress(self, self.steps[first:end], first)
+                self._handed = end
 
     @property
     def agent(self) -> str | None:
@@ -360,7 +416,9 @@ class _ModelCall:
         run = self._run
         run.reserve(**self._reserved)
         self._start = time.perf_counter()
-        self._step = run._step("model", self._model, started=self._start, inputs=self._inputs, model=self._model)
+        self._step = run._step(
+            "model", self._model, started=self._start, inputs=self._inputs, model=self._model, goes_on=True
+        )
         return self._step
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -368,8 +426,19 @@ class _ModelCall:
         if error is not None:
             step.error = f"{type(error).__name__}: {error}"
         used = {"model_calls": 1, "tokens_in": step.tokens_in, "tokens_out": step.tokens_out, "usd": step.usd}
+        if (error is None and not step.tokens_in) or (error is not None and _may_be_charged(error)):
+            # The provider did not count (no prompt has no tokens), or counts an answer that never came: what was set aside
+            # stays so.
+            used = {name: 1 if name == "model_calls" else math.nan for name in used}
         run.ledger.settle(self._reserved, used)
         step.seconds = time.perf_counter() - self._start
+        run._over(step)
+
+
+def _may_be_charged(error: BaseException) -> bool:
+    from agentkit.model_errors import may_be_charged
+
+    return may_be_charged(error)
 
 
 def _is_share(value: Any) -> bool:

@@ -1,18 +1,24 @@
 """Where finished run records go. `agentkit` only hands them over; the stores live in other packages.
 
-A sink is any callable that takes a `RunRecord`. Sinks come from the entry-point group `agentkit.sinks` (the
+A sink is any callable that takes a `RunRecord`. One that has a method `progress(run, steps, first)` is also given runs as they
+happen: when they begin, after each call and before each effect, the steps that are new, the first of which has the number
+`first`. Sinks come from the entry-point group `agentkit.sinks` (the
 tracking package registers the run log and the MLflow trace there) and from `add_sink`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING
 
-from agentkit.records import RunRecord
+from agentkit.records import RunRecord, Step
+
+if TYPE_CHECKING:
+    from agentkit.runs import Run
 
 Sink = Callable[[RunRecord], None]
 _added: list[Sink] = []
@@ -46,6 +52,18 @@ def emit(record: RunRecord) -> None:
 def _hand_over(record: RunRecord) -> None:
     for sink in (*_installed(), *_added):
         sink(record)
+
+
+def is_watched() -> bool:
+    """Whether a run is to be handed over as it happens; a durable one has its journal for that."""
+    return _through.get() is None and any(hasattr(sink, "progress") for sink in (*_installed(), *_added))
+
+
+def progress(run: Run, steps: Sequence[Step], first: int) -> None:
+    """Hand what is new of a run to every sink that wants it. One that raises stops the run."""
+    for sink in (*_installed(), *_added):
+        if hasattr(sink, "progress"):
+            sink.progress(run, steps, first)
 
 
 @contextmanager

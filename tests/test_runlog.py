@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from releases import python
 
 import agentkit as ak
-from agentkit.errors import AgentkitError, UsageError
+from agentkit.current import current_run
+from agentkit.errors import UsageError
 from agentkit.records import RunRecord, Step
-from agentkit_tracking.runlog import RunLog
+from agentkit_tracking.runlog import LogUnwritable, RunLog, feedback
 
 # A writer that imports neither dspy nor mlflow.
 WRITER = """
@@ -45,11 +46,15 @@ def record(run_id: str = "r", **values: Any) -> RunRecord:
 
 @pytest.fixture
 def log(tmp_path: Path) -> RunLog:
-    return RunLog(tmp_path / "runs")
+    return RunLog(tmp_path / "log")
 
 
 def ids(log: RunLog) -> list[str]:
     return log.sql("SELECT run_id FROM runs ORDER BY run_id")["run_id"].to_list()
+
+
+def finished(log: RunLog) -> list[str]:
+    return log.sql("SELECT run_id FROM outcomes ORDER BY run_id")["run_id"].to_list()
 
 
 def write_in_process(log: RunLog, script: str) -> subprocess.Popen[str]:
@@ -75,7 +80,7 @@ def test_records_of_several_processes_and_threads_are_read_together(log: RunLog)
         writer.communicate()
     found = ids(log)
     assert (len(found), len(set(found))) == (800, 800)
-    assert len(list(log.folder.iterdir())) == 4  # a segment per process
+    assert len(list(log.segments.iterdir())) == 4  # a segment per process
 
 
 def test_a_killed_writer_loses_at_most_its_last_line(log: RunLog) -> None:
@@ -95,11 +100,11 @@ def test_a_torn_last_line_is_passed_over(log: RunLog, cut: int) -> None:
     for i in range(3):
         log.append(record(f"r{i}"))
     log.close()
-    [segment] = log.folder.iterdir()
-    whole, last = segment.read_bytes().rstrip(b"\n").rsplit(b"\n", 1)
+    [segment] = log.segments.iterdir()
+    whole, last, _closed = segment.read_bytes().rstrip(b"\n").rsplit(b"\n", 2)
     segment.write_bytes(whole + b"\n" + last[:cut])
     log.append(record("later"))
-    assert ids(log) == ["later", "r0", "r1"]
+    assert finished(log) == ["later", "r0", "r1"]
 
 
 def test_a_forked_child_gets_a_segment_of_its_own(log: RunLog) -> None:
@@ -109,22 +114,23 @@ def test_a_forked_child_gets_a_segment_of_its_own(log: RunLog) -> None:
         "assert os.waitpid(child, 0)[1] == 0\nlog.append(record('parent-2'))\n"
     )
     write_in_process(log, script).communicate()
-    lines = sorted([json.loads(line)["run_id"] for line in p.read_bytes().splitlines()] for p in log.folder.iterdir())
-    assert lines == [["child"], ["parent-1", "parent-2"]]
+    events = [[json.loads(line)["event"] for line in p.read_bytes().splitlines()] for p in log.segments.iterdir()]
+    outcomes = sorted([e["run_id"] for e in segment if e["type"] == "outcome"] for segment in events)
+    assert outcomes == [["child"], ["parent-1", "parent-2"]]
 
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "runs").write_text("a file where the folder should be")
+    (tmp_path / "log").write_text("a file where the folder should be")
     with pytest.raises(
-        AgentkitError, match=f"run r7 could not be written to the run log in {tmp_path}/runs: .*; free space"
+        LogUnwritable, match=f"the run log in {tmp_path}/log/segments cannot be written: .*; free space"
     ):
-        RunLog(tmp_path / "runs").append(record("r7"))
+        RunLog(tmp_path / "log").append(record("r7"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_a_clear_error(log: RunLog) -> None:
     log.folder.mkdir(mode=0o500)
-    with pytest.raises(AgentkitError, match="Permission denied"):
+    with pytest.raises(LogUnwritable, match="Permission denied"):
         log.append(record())
 
 
@@ -132,7 +138,7 @@ def test_a_full_disk_is_a_clear_error_and_costs_one_record(log: RunLog) -> None:
     script = """
 import resource
 log.append(record("before"))
-resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
 try:
     log.append(record("too long", inputs={"text": "x" * 5_000}))
 except Exception as e:
@@ -143,7 +149,7 @@ log.append(record("last"))
 """
     writer = write_in_process(log, script)
     said, _ = writer.communicate()
-    assert said.startswith("AgentkitError run too long could not be written to the run log in")
+    assert said.startswith("LogUnwritable the run log in")
     assert ids(log) == ["after", "before", "last"]
 
 
@@ -175,7 +181,8 @@ def test_any_text_is_one_record_and_comes_back(log: RunLog, text: str) -> None:
         record("r1", inputs={"text": text}, error=text, steps=[Step("model", "m", "PLANNING", 0.0, outputs=[text])])
     )
     log.append(record("r2"))
-    inputs, error, outputs = log.sql("SELECT inputs, error, steps[1].outputs FROM runs WHERE run_id = 'r1'").row(0)
+    inputs, error = log.sql("SELECT inputs, error FROM runs WHERE run_id = 'r1'").row(0)
+    outputs = log.steps("r1")["outputs"].item()
     expected = text.encode("utf-8", "replace").decode()
     assert (json.loads(inputs), error, json.loads(outputs)) == ({"text": expected}, expected, [expected])
     assert ids(log) == ["r1", "r2"]
@@ -184,11 +191,11 @@ def test_any_text_is_one_record_and_comes_back(log: RunLog, text: str) -> None:
 @settings(max_examples=20, deadline=None)
 @given(texts=st.lists(st.text(), min_size=1, max_size=20))
 def test_no_text_breaks_a_line(texts: list[str]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGENTKIT_PAYLOADS", "full")
         log = RunLog(Path(folder))
         for i, text in enumerate(texts):
             log.append(record(f"{i:02}", error=text, inputs={text: text}))
-        log.close()
         assert log.sql("SELECT error FROM runs ORDER BY run_id")["error"].to_list() == texts
 
 
@@ -203,7 +210,8 @@ def test_an_unknown_cost_is_null_and_a_number_past_64_bits_is_kept_as_text(log: 
 def test_an_empty_log_answers_with_no_rows(log: RunLog) -> None:
     assert log.sql("SELECT count(*) AS n FROM runs").item() == 0
     assert (len(log.runs()), len(log.steps("r"))) == (0, 0)
-    assert log.runs().columns == [c for c in log.sql("SELECT * FROM runs").columns if c != "steps"]
+    log.append(record())
+    assert log.runs().columns == RunLog(log.folder.parent / "empty").runs().columns
 
 
 def test_the_steps_view_has_one_row_per_step_in_order(log: RunLog) -> None:
@@ -267,3 +275,119 @@ def test_reading_does_not_need_dspy_or_mlflow(log: RunLog) -> None:
         "print(len(RunLog(Path(sys.argv[1])).runs()), {'dspy', 'mlflow', 'sklearn'} & sys.modules.keys())"
     )
     assert python(script, log.folder) == "1 set()\n"
+
+
+# ---- as it happens
+
+
+def test_a_run_is_kept_as_it_happens_and_its_end_seen(own_home: Path) -> None:
+    seen: list[tuple[str, int]] = []
+
+    @ak.tool(permission="write", idempotent=True)
+    def pay(amount: int) -> str:
+        """Pay a sum of money back."""
+        frame = RunLog().sql("SELECT state, (SELECT count(*) FROM steps s WHERE s.run_id = r.run_id) FROM runs r")
+        seen.append(frame.row(0))
+        return "paid"
+
+    def work(amount: int) -> str:
+        return str(current_run().call(pay, amount=amount))
+
+    record = ak.adopt(work, name="refunds", tools=[pay]).run(amount=3)
+    assert record.state == "DONE"
+    [(state, steps)] = seen
+    assert state == "RUNNING"
+    assert steps >= 3  # two transitions, the tier
+    assert RunLog().sql("SELECT state, run_id FROM runs").rows() == [("DONE", record.run_id)]
+    numbers = RunLog().steps(record.run_id)["step"].to_list()
+    assert numbers == list(range(1, len(record.steps) + 1))
+
+
+def test_a_run_whose_process_is_killed_is_there_and_broken_off(log: RunLog) -> None:
+    script = """
+import agentkit as ak
+def work(text): os.kill(os.getpid(), 9)
+ak.adopt(work, name="dies").run(text="hello")
+"""
+    writer = write_in_process(log, "os.environ['AGENTKIT_HOME'] = str(log.folder.parent)" + script)
+    writer.communicate()
+    row = log.sql("SELECT system, state, inputs->>'text' FROM runs").row(0)
+    assert row == ("dies", "INTERRUPTED", "hello")
+    assert log.fold() is not None
+    assert log.sql("SELECT state FROM runs").item() == "INTERRUPTED"
+    assert not list(log.segments.iterdir())  # it has ended and is folded
+    assert log.find("").state == "INTERRUPTED"
+
+
+def test_steps_of_a_run_that_was_called_are_kept_once(own_home: Path) -> None:
+    inner = ak.adopt(lambda text: text.upper(), name="inner")
+    outer = ak.adopt(lambda text: inner.run(text=text).output["value"], name="outer").run(text="a")
+    log = RunLog()
+    assert log.sql(
+        "SELECT system, count(*) FROM steps WHERE kind = 'decision' OR kind = 'handoff' GROUP BY 1"
+    ).rows() == [("outer", 1)]
+    found = log.find(outer.run_id)
+    assert [(s.kind, s.name, s.run) for s in found.steps] == [(s.kind, s.name, s.run) for s in outer.steps]
+
+
+# ---- what is kept of what people wrote
+
+
+@pytest.mark.parametrize(
+    ("payloads", "kept"),
+    [
+        (None, "write to [e-mail], my key is [key]"),
+        ("full", "write to jane@example.com, my key is [key]"),
+        ("none", None),
+    ],
+)
+def test_personal_data_and_secrets_are_taken_out(
+    log: RunLog, payloads: str | None, kept: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if payloads:
+        monkeypatch.setenv("AGENTKIT_PAYLOADS", payloads)
+    text = "write to jane@example.com, my key is sk-abcdefghijklmnop"
+    log.append(record(inputs={"text": text}, steps=[Step("tool", "t", "EXECUTING", 0.0, inputs={"text": text})]))
+    assert log.sql("SELECT inputs->>'text' FROM runs").item() == kept
+    assert log.sql("SELECT inputs->>'text' FROM steps").item() == kept
+    content = b"".join(p.read_bytes() for p in log.segments.iterdir())
+    assert b"sk-abc" not in content
+    assert (b"jane@" in content) == (payloads == "full")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [("AGENTKIT_PAYLOADS", "some", "use redacted, full, none"), ("AGENTKIT_LOG_SYNC", "x", "use run, step, off")],
+)
+def test_a_wrong_setting_is_said(
+    log: RunLog, name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=said):
+        log.append(record())
+
+
+def test_feedback_stands_beside_the_run(log: RunLog) -> None:
+    log.append(record("r1", release="abc"))
+    assert feedback.give(log, "r", "corrected", rating=2, comment="ask jane@example.com", by="ann") == "r1"
+    [row] = log.feedback().to_dicts()
+    assert {**row, "given_at": None} == {
+        "run_id": "r1", "given_at": None, "source": "user", "label": "corrected", "rating": 2.0,
+        "comment": "ask [e-mail]", "by": "ann", "system": "s", "release": "abc", "stage": "draft",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "says nothing"),
+        ({"label": "fine"}, "no label"),
+        ({"rating": 7}, "from 1 to 5"),
+        ({"run_id": "x", "rating": 1}, "no run"),
+    ],
+)
+def test_feedback_that_cannot_be_is_refused(log: RunLog, given: dict[str, Any], said: str) -> None:
+    log.append(record("r1"))
+    with pytest.raises(UsageError, match=said):
+        feedback.give(log, **{"run_id": "r1", **given})
+    assert log.feedback().is_empty()

@@ -201,6 +201,12 @@ def _own_key() -> SigningKey | None:
     return SigningKey(private, known)
 
 
+def key_at_hand() -> SigningKey | None:
+    """The key to sign with, if there is one and it counts; none is made."""
+    key = _own_key()
+    return None if key is None or key.public.revoked or key.public.retired else key
+
+
 def take_from_environment() -> None:
     """Keep the key of `AGENTKIT_SIGNING_KEY` in this process alone: kernels, which inherit the environment, execute what
     a release holds."""

@@ -1,0 +1,229 @@
+"""The database that segments are folded into: a DuckDB file, or by `AGENTKIT_LOG_URL` a lake (see `lake.py`).
+
+DuckDB locks a file for one process. So nobody keeps it open: it is opened for one query or one fold, behind two file locks, the
+room (readers together, or one folder alone) and the door to it, which lets nobody in once the folder waits. No process meets
+a lock error of another that goes this way, and none waits longer than for one query or one fold.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentkit.errors import AgentkitError, UsageError
+from agentkit_tracking.runlog.migrations import MIGRATIONS, NEWEST
+
+if TYPE_CHECKING:
+    import duckdb
+
+URL_ENV = "AGENTKIT_LOG_URL"
+_PATIENCE_S = 15.0  # of a reader, for a fold to end or a foreign program to let go
+_FOLDER_PATIENCE_S = 2.0  # a folder holds up readers while it waits, and can come back later
+_POLL_S = 0.01
+
+
+class LogBusy(AgentkitError):
+    """The database of the run log is held by somebody else for longer than one waits."""
+
+
+class Database:
+    """Opens the database for one reader or one writer at a time.
+
+    Args:
+        folder: of the run log; `log.duckdb` lies in it.
+    """
+
+    is_shared = False  # with other machines
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "log.duckdb"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def retrying(self, work: Callable[[], None]) -> None:
+        """Do a transaction."""
+        work()
+
+    @contextmanager
+    def reading(self) -> Iterator[duckdb.DuckDBPyConnection | None]:
+        """A connection with the database attached as `log`, read-only; None where there is none yet.
+
+        Raises:
+            LogBusy: another program has held it open for writing all the time.
+            UsageError: it was written by a newer version.
+        """
+        if not self.path.exists():
+            yield None
+            return
+        with self._in_room(alone=False, patience=_PATIENCE_S), connected() as connection:
+            _attach(connection, self.path, " (READ_ONLY)", _PATIENCE_S)
+            if version(connection) < NEWEST:
+                connection.execute("DETACH log")
+                stale = True
+            else:
+                stale = False
+            if not stale:
+                yield connection
+                return
+        with self.writing(_PATIENCE_S):
+            pass  # brings it up to date
+        with self._in_room(alone=False, patience=_PATIENCE_S), connected() as connection:
+            _attach(connection, self.path, " (READ_ONLY)", _PATIENCE_S)
+            yield connection
+
+    @contextmanager
+    def writing(self, patience: float = _FOLDER_PATIENCE_S) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection with the database attached as `log`, made or brought up to date if need be, for one transaction.
+
+        Raises:
+            LogBusy: somebody has read it all the time.
+            UsageError: it was written by a newer version.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._in_room(alone=True, patience=patience), connected() as connection:
+            _attach(connection, self.path, "", patience)
+            migrate(connection)
+            yield connection
+
+    @contextmanager
+    def _in_room(self, *, alone: bool, patience: float) -> Iterator[None]:
+        try:
+            import fcntl
+        except ImportError:  # then DuckDB's own lock and patience have to do
+            yield
+            return
+        end = time.monotonic() + patience
+        kind = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        with _lock_file(self.folder / "door.lock") as door, _lock_file(self.folder / "room.lock") as room:
+            for file, how in ((door, kind), (room, kind)):
+                while True:
+                    try:
+                        fcntl.flock(file, how | fcntl.LOCK_NB)
+                        break
+                    except BlockingIOError:
+                        if time.monotonic() > end:
+                            raise LogBusy(f"{self.path} was in use for {patience:g} s; try again") from None
+                        time.sleep(_POLL_S)
+            if not alone:
+                fcntl.flock(door, fcntl.LOCK_UN)
+            yield
+
+
+def open_database(folder: Path) -> Database:
+    """Where the run log in `folder` is folded to: what `AGENTKIT_LOG_URL` names, or a file in the folder."""
+    url = os.environ.get(URL_ENV)
+    if not url:
+        return Database(folder)
+    from agentkit_tracking.runlog.lake import Lake
+
+    return Lake(folder, url)
+
+
+@contextmanager
+def lease(folder: Path, name: str = "fold") -> Iterator[bool]:
+    """Whether this process may do the work of that name now; nobody waits, and one that dies lets go."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock_file(folder / f"{name}.lock") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def _lock_file(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def connected() -> Iterator[duckdb.DuckDBPyConnection]:
+    import duckdb
+
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        yield connection
+
+
+def _attach(connection: duckdb.DuckDBPyConnection, path: Path, how: str, patience: float) -> None:
+    import duckdb
+
+    end = time.monotonic() + patience
+    while True:
+        try:
+            connection.execute(f"ATTACH {quoted(path)} AS log{how}")
+            return
+        except duckdb.IOException as e:
+            if "lock" not in str(e).lower():
+                raise UsageError(f"{path} cannot be opened: {str(e).splitlines()[0]}") from e
+            if time.monotonic() > end:
+                raise LogBusy(
+                    f"another program has {path} open for writing ({str(e).partition('Conflicting lock is ')[2][:120]}); "
+                    "open it with read_only=True there, or close it. Events are being kept meanwhile"
+                ) from e
+            time.sleep(_POLL_S)
+
+
+def version(connection: duckdb.DuckDBPyConnection) -> int:
+    """The number of the last migration that the attached database has had; 0 for a blank one.
+
+    Raises:
+        UsageError: it is newer than this program.
+    """
+    tables = "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'log' AND table_name = 'migrations'"
+    if not one(connection.execute(tables)):
+        return 0
+    found = int(one(connection.execute("SELECT coalesce(max(version), 0) FROM log.migrations")))
+    if found > NEWEST:
+        raise UsageError(
+            f"the run log's database has schema {found}, this agentkit knows {NEWEST}: it was written by a newer version; "
+            "upgrade agentkit"
+        )
+    return found
+
+
+def migrate(connection: duckdb.DuckDBPyConnection) -> None:
+    """Bring the attached database up to date, each migration in a transaction of its own."""
+    for number in range(version(connection) + 1, NEWEST + 1):
+        with transaction(connection):
+            for statement in MIGRATIONS[number]:
+                connection.execute(statement)
+            connection.execute("INSERT INTO log.migrations VALUES (?, now())", [number])
+
+
+@contextmanager
+def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """All or nothing."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # it may have been rolled back already
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def one(result: Any) -> Any:
+    """The single value of a result, which is read to its end: DuckDB 2 does nothing else on a connection before."""
+    return result.fetchall()[0][0]
+
+
+def quoted(text: object) -> str:
+    """As a literal of SQL."""
+    return "'" + str(text).replace("'", "''") + "'"

@@ -1,0 +1,242 @@
+"""One person's data taken out of the run log, on request; the chain can still be verified, and says that it happened.
+
+First an `erasure` event names the runs; then their private parts go, from segment files, archives and database. A kill in between
+leaves the event, and whoever erases next finishes what it names.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from agentkit.errors import UsageError
+from agentkit_tracking.home import author
+from agentkit_tracking.runlog import reading
+from agentkit_tracking.runlog.blanking import blank, run_of, segment_files
+from agentkit_tracking.runlog.database import one, transaction
+from agentkit_tracking.runlog.segments import ERASED_SALT
+from agentkit_tracking.runlog.trace_erasure import delete_traces
+from agentkit_tracking.runlog.upkeep import (
+    WHOLE,
+    Progress,
+    alone,
+    archived,
+    give_back,
+    parquet,
+    quiet,
+    remove_orphans,
+    upkeep_is_ours,
+    write_archive,
+)
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from agentkit_tracking.runlog.log import RunLog
+
+_HASH = re.compile(r"[0-9a-f]{16}")
+_RUNS_IN_EVENT = 5_000
+_PATIENCE_S = 60.0  # for readers to leave
+# Events of these runs that still have something private.
+_HAVE = "run_id IN (SELECT run_id FROM doomed) AND private IS NOT NULL AND private <> '{}'"
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What an erasure did."""
+
+    runs: tuple[str, ...] = ()
+    events: int = 0
+    traces: int = 0
+    traces_left: str = ""  # why traces could not be removed
+
+
+def erase_user(
+    log: RunLog,
+    user: str | None = None,
+    *,
+    user_hash: str | None = None,
+    why: str,
+    by: str | None = None,
+    progress: Progress = quiet,
+) -> Erased:
+    """Take out what runs for a user, the runs these called, and what people said of them hold of people's text.
+
+    What is left of each event is what it was, when, how long and what it cost. Pseudonyms are private parts, too, so
+    afterwards nobody can tell that the runs were this user's. Erasures that were cut off are finished on the way.
+
+    It does not reach the journal of durable runs, the approvals desk, outputs of notebooks, results of batches,
+    evaluations, exports and backups; nor runs of this user that are under way: erase again when they are over.
+
+    Args:
+        user: as given to `acting_for`.
+        user_hash: instead of it, the pseudonym in the log: the first 16 hex digits of the SHA-256.
+        why: recorded, redacted as payloads are; name nobody in it.
+        by: who asked for it; by default `AGENTKIT_AUTHOR` or the name of the login.
+
+    Raises:
+        UsageError: no user is named, or no reason.
+        LogBusy: folds or readers hold the log all the time.
+    """
+    pseudonym = _pseudonym(user, user_hash)
+    if not why.strip():
+        raise UsageError("an erasure is recorded with why: give a reason, without naming the person")
+    upkeep_is_ours(log)
+    log.fold()
+    with alone(log):
+        remove_orphans(log)
+        with reading.connection(log) as connection:
+            runs, roots = _doomed(connection, pseudonym)
+        progress(0, 5)
+        count = 0
+        if runs:
+            _announce(log, runs, why, by or author())
+            count += _erase_in_files(log, runs)
+            progress(1, 5)
+            count += _erase_in_archives(log, runs)
+            progress(2, 5)
+            count += _erase_in_database(log, runs)
+            progress(3, 5)
+        _settle(log)
+        progress(4, 5)
+    traces, left = delete_traces(roots)
+    progress(5, 5)
+    return Erased(tuple(runs), count, traces, left)
+
+
+def _pseudonym(user: str | None, user_hash: str | None) -> str:
+    from agentkit.callers import Caller
+
+    if (user is None) == (user_hash is None):
+        raise UsageError("name the user, or the pseudonym as user_hash; one of them")
+    found = Caller(user).user_hash if user_hash is None else user_hash.lower()
+    if user is not None and not user.strip():
+        raise UsageError("the user is empty")
+    if found is None or not _HASH.fullmatch(found):
+        raise UsageError(f"{found!r} is no pseudonym: those are 16 hex digits, the beginning of the user's SHA-256")
+    return found
+
+
+def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """The runs that have something to take out: the user's, those they called, and those of erasures that were cut off.
+
+    With them, system and id of the runs at the top that they belong to: these have the traces.
+    """
+    named = connection.execute("SELECT event FROM every_event WHERE type = 'erasure'").fetchall()
+    before = {run for (event,) in named for run in orjson.loads(event).get("runs", ())}
+    connection.execute("CREATE TEMP TABLE doomed (run_id VARCHAR)")
+    connection.execute("CREATE TEMP TABLE parents AS SELECT DISTINCT run_id, parent, system FROM every_event "
+                       "WHERE run_id IS NOT NULL AND type IN ('run', 'outcome')")  # fmt: skip
+    connection.execute(
+        "INSERT INTO doomed WITH RECURSIVE below AS (SELECT DISTINCT run_id FROM every_event WHERE user_hash = ? AND run_id "
+        "IS NOT NULL UNION SELECT p.run_id FROM parents p JOIN below b ON p.parent = b.run_id) SELECT run_id FROM below",
+        [pseudonym],
+    )
+    if before:
+        connection.execute("INSERT INTO doomed SELECT unnest(?)", [sorted(before)])
+    runs = connection.execute(f"SELECT DISTINCT run_id FROM every_event WHERE {_HAVE} ORDER BY 1").fetchall()
+    roots = connection.execute(
+        "WITH RECURSIVE above AS (SELECT run_id, parent, system FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
+        "UNION SELECT p.run_id, p.parent, p.system FROM parents p JOIN above a ON p.run_id = a.parent) "
+        "SELECT DISTINCT system, run_id FROM above WHERE parent IS NULL ORDER BY ALL"
+    ).fetchall()
+    return [run for (run,) in runs], roots
+
+
+def _announce(log: RunLog, runs: list[str], why: str, by: str) -> None:
+    """Say in the chain what will be gone; on the disk before anything is."""
+    from agentkit.redaction import redact
+
+    private = {"by": by, "why": redact(why)}
+    log.write(
+        [
+            ({"type": "erasure", "name": "user", "runs": runs[first : first + _RUNS_IN_EVENT]}, private)
+            for first in range(0, len(runs), _RUNS_IN_EVENT)
+        ]
+    )
+
+
+def _erase_in_files(log: RunLog, runs: list[str]) -> int:
+    wanted = set(runs)
+    folded = _folded_up_to(log)
+    count = 0
+    for path in segment_files(log.segments):
+        next_byte = folded.get(path.stem, 0)
+        fresh = 0
+
+        def chosen(line: Any, next_byte: int = next_byte) -> bool:
+            nonlocal fresh
+            if run_of(line) not in wanted:
+                return False
+            fresh += line.offset >= next_byte  # the others are counted where they are folded to
+            return True
+
+        blank(path, chosen)
+        count += fresh
+    return count
+
+
+def _folded_up_to(log: RunLog) -> dict[str, int]:
+    with log.database.reading() as connection:
+        if connection is None:
+            return {}
+        return dict(connection.execute("SELECT segment, next_byte FROM log.segments").fetchall())
+
+
+def _erase_in_archives(log: RunLog, runs: list[str]) -> int:
+    """Write archives that have something to take out anew; the old file goes when nobody reads it any more."""
+    count = 0
+    with log.database.reading() as connection:
+        archives = [] if connection is None else archived(connection)
+    for day, file, *_ in archives:
+        source = parquet(log.folder, [file])
+        with log.database.reading() as connection:
+            assert connection is not None
+            _table(connection, runs)
+            found = int(one(connection.execute(f"SELECT count(*) FROM {source} WHERE {_HAVE}")))
+            if not found:
+                continue
+            new, events, digest = write_archive(connection, _without(source), log.folder, day)
+        with log.database.writing(_PATIENCE_S) as connection:
+            with transaction(connection):
+                connection.execute(
+                    "UPDATE log.archives SET file = ?, events = ?, sha256 = ?, archived_at = now() WHERE file = ?",
+                    [new, events, digest, file],
+                )
+            (log.folder / file).unlink()  # here, where no reader is
+        count += found
+    return count
+
+
+def _without(source: str) -> str:
+    """All rows of a source, those of `doomed` runs without what is private."""
+    blanked = {"user_hash": "NULL", "session": "NULL", "private": "NULL", "salt": f"'{ERASED_SALT.decode()}'"}
+    changed = ", ".join(f"CASE WHEN {_HAVE} THEN {value} ELSE {name} END AS {name}" for name, value in blanked.items())
+    return f"SELECT * REPLACE ({changed}) FROM (SELECT {WHOLE} FROM {source})"
+
+
+def _erase_in_database(log: RunLog, runs: list[str]) -> int:
+    with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
+        _table(connection, runs)
+        return int(
+            one(
+                connection.execute(
+                    "UPDATE log.events SET user_hash = NULL, session = NULL, private = NULL, "
+                    f"salt = '{ERASED_SALT.decode()}' WHERE {_HAVE}"
+                )
+            )
+        )
+
+
+def _settle(log: RunLog) -> None:
+    """Leave nothing readable behind: DuckDB keeps what was overwritten until its file is written anew."""
+    give_back(log, always=True)
+    remove_orphans(log)
+
+
+def _table(connection: duckdb.DuckDBPyConnection, runs: list[str]) -> None:
+    connection.execute("CREATE TEMP TABLE doomed (run_id VARCHAR)")
+    connection.execute("INSERT INTO doomed SELECT unnest(?)", [runs])

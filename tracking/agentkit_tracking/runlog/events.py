@@ -1,0 +1,240 @@
+"""What the run log keeps of runs: records and steps as events, and back."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from agentkit.errors import UsageError
+from agentkit.jsonable import jsonable
+from agentkit.records import RunRecord, Step
+from agentkit.redaction import redact, without_secrets
+from agentkit_tracking.runlog.segments import Event
+
+PAYLOADS_ENV = "AGENTKIT_PAYLOADS"
+# The columns that an event has, beside its place: name and DuckDB type. What an event does not say is null.
+COLUMNS = {
+    "logged_at": "TIMESTAMPTZ",
+    "type": "VARCHAR",
+    "run_id": "VARCHAR",
+    "parent": "VARCHAR",
+    "system": "VARCHAR",
+    "release": "VARCHAR",
+    "stage": "VARCHAR",
+    "kind": "VARCHAR",
+    "agent": "VARCHAR",
+    "state": "VARCHAR",
+    "step": "BIGINT",
+    "name": "VARCHAR",
+    "model": "VARCHAR",
+    "result": "VARCHAR",
+    "error_type": "VARCHAR",
+    "started_at": "TIMESTAMPTZ",
+    "started": "DOUBLE",
+    "seconds": "DOUBLE",
+    "tokens_in": "BIGINT",
+    "tokens_out": "BIGINT",
+    "usd": "DOUBLE",
+    "cached": "BOOLEAN",
+    "tries": "BIGINT",
+    "route": "VARCHAR",
+    "waited_s": "DOUBLE",
+    "model_calls": "BIGINT",
+    "tool_calls": "BIGINT",
+    "planning_s": "DOUBLE",
+    "execution_s": "DOUBLE",
+    "reflection_s": "DOUBLE",
+    "effects": "BIGINT",
+    "failed_calls": "BIGINT",
+    "approvals": "BIGINT",
+    "refusals": "BIGINT",
+    "is_degraded": "BOOLEAN",
+    "budget_used": "DOUBLE",
+    "rating": "DOUBLE",
+}
+STEPS = ("transition", "model", "tool", "approval", "decision", "handoff")
+_PHASES = ("planning", "execution", "reflection")
+_TIER = "tier of "
+_REFUSALS = frozenset(
+    ("PermissionDenied", "PolicyRefused", "Stopped", "ConflictingWrite", "DelegationRefused", "BudgetExceeded")
+)
+
+
+def payloads() -> Callable[[Any], Any]:
+    """What is done to what people wrote before it is kept: `AGENTKIT_PAYLOADS`, `redacted` (the default), `full` (all but
+    secrets) or `none`.
+
+    Raises:
+        UsageError: the setting is none of these.
+    """
+    chosen = os.environ.get(PAYLOADS_ENV, "redacted")
+    if chosen not in _PAYLOADS:
+        raise UsageError(f"{PAYLOADS_ENV}={chosen!r}: use {', '.join(_PAYLOADS)}")
+    return _PAYLOADS[chosen]
+
+
+_PAYLOADS: dict[str, Callable[[Any], Any]] = {"redacted": redact, "full": without_secrets, "none": lambda _: {}}
+
+
+def began(run: Any, keep: Callable[[Any], Any]) -> Event:
+    """The event that a run (a record, or one under way) began."""
+    private = keep({"inputs": jsonable(run.inputs)})
+    return _of(run, "run", state="IDLE", started_at=run.started_at), _whose(run, private)
+
+
+def stepped(run: Any, step: Step, number: int, keep: Callable[[Any], Any]) -> Event:
+    """The event of one step of a run, whose place in the record is `number`."""
+    event: dict[str, Any] = {
+        "type": step.kind,
+        "run_id": run.run_id,
+        "system": run.system,
+        "release": run.release,
+        "stage": run.stage,
+        "kind": run.kind,
+        "agent": step.agent,
+        "state": step.state,
+        "step": number + 1,
+        "name": step.name,
+        "started": step.started,
+        "seconds": step.seconds,
+    }
+    if step.model is not None:
+        event.update(model=step.model, tokens_in=step.tokens_in, tokens_out=step.tokens_out, usd=step.usd)
+    elif step.usd:
+        event["usd"] = step.usd
+    if step.cached:
+        event["cached"] = True
+    if step.tries:
+        event["tries"] = step.tries
+    if step.error is not None:
+        event["error_type"] = _error_type(step.error)
+    result = _result(step)
+    if result is not None:
+        event["result"] = result
+    private = {
+        name: value
+        for name, value in (("inputs", step.inputs), ("outputs", step.outputs), ("error", step.error))
+        if value is not None
+    }
+    return event, keep(private) if private else private
+
+
+def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
+    """The event that a run ended: the record without its steps."""
+    own = [s for s in record.steps if s.run is None]
+    event = _of(
+        record,
+        "outcome",
+        state=record.state,
+        started_at=record.started_at,
+        seconds=record.seconds,
+        error_type=None if record.error is None else _error_type(record.error),
+        route=record.route,
+        waited_s=record.waited_s,
+        model_calls=record.model_calls,
+        tool_calls=record.tool_calls,
+        tokens_in=record.tokens_in,
+        tokens_out=record.tokens_out,
+        usd=record.usd,
+        effects=len(record.effects),
+        failed_calls=sum(s.error is not None for s in own if s.kind in ("model", "tool")),
+        approvals=sum(s.kind == "approval" for s in record.steps),
+        refusals=int(record.error is not None and _error_type(record.error) in _REFUSALS),
+        is_degraded=record.degraded is not None,
+        budget_used=record.budget_used,
+        **{f"{phase}_s": record.phases[phase] for phase in _PHASES if phase in record.phases},
+    )
+    private = keep(
+        {
+            name: value
+            for name, value in (
+                ("inputs", record.inputs),
+                ("output", record.output),
+                ("error", record.error),
+                ("effects", record.effects or None),
+                ("degraded", record.degraded),
+                ("partial", record.partial),
+            )
+            if value is not None
+        }
+    )
+    return event, _whose(record, private)
+
+
+def finished(record: RunRecord, known: int | None, keep: Callable[[Any], Any]) -> list[Event]:
+    """What has not been kept yet of a finished run: of one that has been, all but its first `known` steps.
+
+    Steps of runs that it called are kept with those runs.
+    """
+    first = known or 0
+    steps = [
+        stepped(record, step, number, keep)
+        for number, step in enumerate(record.steps[first:], first)
+        if step.run is None
+    ]
+    return [*([began(record, keep)] if known is None else []), *steps, ended(record, keep)]
+
+
+def _of(run: Any, kind: str, **values: Any) -> dict[str, Any]:
+    event = {
+        "type": kind,
+        "run_id": run.run_id,
+        "parent": run.parent if isinstance(run, RunRecord) else run.parent and run.parent.run_id,
+        "system": run.system,
+        "release": run.release,
+        "stage": run.stage,
+        "kind": run.kind,
+        **values,
+    }
+    return {name: value for name, value in event.items() if value is not None}
+
+
+def _whose(run: Any, private: dict[str, Any]) -> dict[str, Any]:
+    """With whom the run acts for: private, too, since it can be traced to a person."""
+    caller = run if isinstance(run, RunRecord) else run.caller
+    for name, value in (("user_hash", caller.user_hash), ("session", caller.session)):
+        if value is not None:
+            private[name] = value
+    return private
+
+
+def _error_type(error: str) -> str:
+    """The class of an error from its text; where it names none, `error`: the text may be anybody's."""
+    head, colon, _ = error.partition(":")
+    is_class = colon and head.isidentifier() and head.isascii() and head[0].isupper() and len(head) <= 64
+    return head if is_class else "error"
+
+
+def _result(step: Step) -> str | None:
+    """In a word how it ended, of a closed set of words."""
+    if step.kind == "approval":
+        verdict = step.outputs.get("verdict") if isinstance(step.outputs, dict) else None
+        return str(verdict) if verdict in ("approve", "reject", "modify") else None
+    if step.kind == "decision" and step.name.startswith(_TIER):
+        return str(step.outputs)
+    if step.kind == "decision" and step.name == "route":
+        return str(step.outputs)[:64]
+    if step.kind == "handoff":
+        return str(step.outputs)  # the run that the work was handed to
+    if step.kind in ("model", "tool"):
+        return "failed" if step.error is not None else "done"
+    return None
+
+
+# ---- back
+
+
+def step_of(row: dict[str, Any]) -> Step:
+    """A step from a row of the view `steps`, JSON parsed."""
+    names = ("name", "state", "started", "seconds", "agent", "inputs", "outputs", "model", "error")
+    return Step(
+        row["kind"],
+        **{name: row[name] for name in names},
+        tokens_in=row["tokens_in"] or 0,
+        tokens_out=row["tokens_out"] or 0,
+        usd=math.nan if row["usd"] is None else row["usd"],  # what cannot be read as a number was NaN: unknown
+        cached=bool(row["cached"]),
+        tries=row["tries"] or 0,
+    )

@@ -1,0 +1,123 @@
+"""What a reader sees: folded, archived and fresh events as views of one DuckDB connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentkit_tracking.runlog.database import one, quoted
+from agentkit_tracking.runlog.events import COLUMNS, STEPS
+from agentkit_tracking.runlog.folding import ROWS, Position, as_table, parts, positions
+from agentkit_tracking.runlog.segments import SUFFIX
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from agentkit_tracking.runlog.log import RunLog
+
+_STEPS = ", ".join(quoted(kind) for kind in STEPS)
+_NAMES = ", ".join(COLUMNS)
+_WHOLE = f"segment, n, {_NAMES}, user_hash, session, event, private, salt, hash"
+_VIEWS = (
+    # One row an event. `private` is what people wrote; null once it was erased.
+    f"CREATE VIEW events AS SELECT segment || '-' || n AS id, segment, n, {_NAMES}, user_hash, session, "
+    "private::JSON AS private, hash FROM every_event",
+    # One row a finished run.
+    """CREATE VIEW outcomes AS SELECT run_id, parent, system, release, stage, kind, started_at, seconds, state, route,
+        error_type, waited_s, model_calls, tool_calls, tokens_in, tokens_out, usd, planning_s, execution_s, reflection_s,
+        effects, failed_calls, approvals, refusals, is_degraded, budget_used, user_hash, session, logged_at AS ended_at
+    FROM every_event WHERE type = 'outcome'""",
+    # One row a run, those under way (RUNNING) or broken off (INTERRUPTED) included.
+    """CREATE VIEW runs AS SELECT run_id, system, release, kind, started_at, seconds, state, route,
+        private->'inputs' AS inputs, private->'output' AS output, private->>'error' AS error,
+        coalesce(private->'effects', '[]'::JSON) AS effects,
+        {planning: planning_s, execution: execution_s, reflection: reflection_s} AS phases,
+        waited_s, model_calls, tool_calls, tokens_in, tokens_out, usd, parent, user_hash, session, stage,
+        private->>'degraded' AS degraded, private->'partial' AS partial, budget_used, error_type, failed_calls, approvals,
+        refusals
+    FROM every_event WHERE type = 'outcome'
+    UNION ALL BY NAME
+    SELECT b.run_id, b.system, b.release, b.kind, b.started_at,
+        CASE WHEN s.state = 'open' THEN 'RUNNING' ELSE 'INTERRUPTED' END AS state, b.private->'inputs' AS inputs,
+        0.0 AS seconds, 0.0 AS waited_s, 0 AS model_calls, 0 AS tool_calls, 0 AS tokens_in, 0 AS tokens_out, 0.0 AS usd,
+        '[]'::JSON AS effects, b.parent, b.user_hash, b.session, b.stage
+    FROM every_event b LEFT JOIN segment_states s ON s.segment = b.segment
+    WHERE b.type = 'run' AND b.run_id NOT IN (SELECT run_id FROM every_event WHERE type = 'outcome')""",
+    # One row a step. Those of a run that another called are that run's.
+    f"""CREATE VIEW steps AS SELECT run_id, system, release, step, type AS kind, name, state, started, seconds, agent,
+        private->'inputs' AS inputs, private->'outputs' AS outputs, model, coalesce(tokens_in, 0) AS tokens_in,
+        coalesce(tokens_out, 0) AS tokens_out, CASE WHEN model IS NULL THEN coalesce(usd, 0) ELSE usd END AS usd,
+        private->>'error' AS error, coalesce(cached, false) AS cached, coalesce(tries, 0) AS tries, result, error_type,
+        stage, logged_at
+    FROM every_event WHERE type IN ({_STEPS})""",
+    # What people said of a run.
+    """CREATE VIEW feedback AS SELECT run_id, logged_at AS given_at, name AS source, result AS label, rating, private->>'comment' AS comment,
+        private->>'by' AS by, system, release, stage
+    FROM every_event WHERE type = 'feedback'""",
+)
+
+
+@contextmanager
+def connection(log: RunLog) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A connection with all views."""
+    import duckdb
+
+    with ExitStack() as stack:
+        # Segments first, then how far they are folded: what is folded and removed in between is read from where it is now.
+        segments = _held_open(log.segments, stack)
+        opened = stack.enter_context(log.database.reading())
+        if opened is None:
+            opened = stack.enter_context(duckdb.connect())
+            opened.execute("SET TimeZone = 'UTC'")
+            folded: dict[str, Position] = {}
+        else:
+            folded = positions(opened)
+        fresh = [
+            part
+            for path, file in segments
+            for part in parts(path, folded.get(path.stem) or Position(path.stem), check=False, file=file)
+        ]
+        opened.register("lines", as_table(fresh))
+        opened.execute(f"CREATE TEMP TABLE fresh AS {ROWS}")
+        opened.unregister("lines")
+        latest = {**folded, **{part.after.segment: part.after for part in fresh}}
+        opened.execute("CREATE TEMP TABLE segment_states (segment VARCHAR, state VARCHAR)")
+        if latest:
+            opened.execute(
+                "INSERT INTO segment_states SELECT unnest(?), unnest(?)",
+                [list(latest), [position.state for position in latest.values()]],
+            )
+        sources = [f"SELECT {_WHOLE} FROM fresh"]
+        if folded or _has_events(opened):
+            sources.append(f"SELECT {_WHOLE} FROM log.events")
+            sources += _archived(opened, log.folder)
+        opened.execute(f"CREATE VIEW every_event AS {' UNION ALL BY NAME '.join(sources)}")
+        for view in _VIEWS:
+            opened.execute(view)
+        yield opened
+
+
+def _has_events(connection: duckdb.DuckDBPyConnection) -> bool:
+    tables = "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'log' AND table_name = 'events'"
+    return bool(one(connection.execute(tables)))
+
+
+def _archived(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
+    files = [row[0] for row in connection.execute("SELECT file FROM log.archives ORDER BY day").fetchall()]
+    if not files:
+        return []
+    paths = ", ".join(quoted(folder / file) for file in files)
+    return [f"SELECT {_WHOLE} FROM read_parquet([{paths}], union_by_name = true, hive_partitioning = false)"]
+
+
+def _held_open(folder: Path, stack: ExitStack) -> list[tuple[Path, Any]]:
+    """Every segment with an open file: it can be read even if it is removed meanwhile."""
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
+        try:
+            found.append((path, stack.enter_context(path.open("rb"))))
+        except FileNotFoundError:
+            continue
+    return found

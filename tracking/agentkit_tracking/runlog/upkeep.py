@@ -1,0 +1,172 @@
+"""What retention and erasure share: being alone at it, days as Parquet files, and disk space given back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agentkit.errors import UsageError
+from agentkit_tracking.runlog.database import LogBusy, lease, one, quoted
+from agentkit_tracking.runlog.events import COLUMNS
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from agentkit_tracking.runlog.log import RunLog
+
+Progress = Callable[[int, int], None]  # done, of how many
+WHOLE = ", ".join(("segment", "n", *COLUMNS, "user_hash", "session", "event", "private", "salt", "hash"))
+ARCHIVE = "archive"
+_PATIENCE_S = 120.0  # for a fold or other upkeep to end
+_SCRATCH = ".scratch-"
+_COPY = (
+    f"COPY (SELECT {WHOLE} FROM ({{rows}}) ORDER BY segment, n) TO {{file}} "
+    "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 65536)"
+)
+_WORTHWHILE = 4 << 20  # bytes of free blocks from which on a database is written anew
+
+
+def quiet(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@contextmanager
+def alone(log: RunLog, patience: float = _PATIENCE_S) -> Iterator[None]:
+    """Meanwhile nothing is folded, archived or erased by anybody else. Runs go on, and what they append can be read.
+
+    Raises:
+        LogBusy: somebody else was at it all the time.
+    """
+    end = time.monotonic() + patience
+    while True:
+        with lease(log.folder) as mine:
+            if mine:
+                yield
+                return
+        if time.monotonic() > end:
+            raise LogBusy(f"another process has been folding {log.folder} for {patience:g} s; try again")
+        time.sleep(0.05)
+
+
+def upkeep_is_ours(log: RunLog) -> None:
+    """Refuse for a log that machines share.
+
+    Raises:
+        UsageError: it is a lake; nothing was done.
+    """
+    if log.database.is_shared:
+        raise UsageError(
+            f"{log.database} is a lake: its past is Parquet already, and old snapshots keep what is deleted. Retention and "
+            "deletion in it are up to DuckLake (ducklake_expire_snapshots, ducklake_cleanup_old_files); nothing was done"
+        )
+
+
+def before(older_than_days: int) -> date:
+    """The first day (UTC) that is kept when whole days older than so many days go; today always is."""
+    return datetime.now(UTC).date() - timedelta(days=older_than_days)
+
+
+def write_archive(connection: duckdb.DuckDBPyConnection, rows: str, folder: Path, day: date) -> tuple[str, int, str]:
+    """Write what the query `rows` yields into a Parquet file of that day, and read it back.
+
+    It is on the disk under its name when this returns, and counts only once `log.archives` names it.
+
+    Returns:
+        Its path from `folder`, the number of its events, and its SHA-256.
+    """
+    place = folder / ARCHIVE / f"day={day:%Y-%m-%d}"
+    place.mkdir(parents=True, exist_ok=True)
+    name = f"{time.time_ns() // 1_000_000:012x}{os.urandom(4).hex()}.parquet"
+    scratch = place / f"{_SCRATCH}{name}"
+    connection.execute(f"SET temp_directory = {quoted(folder / '.spill')}")
+    connection.execute(_COPY.format(rows=rows, file=quoted(scratch)))
+    written = f"read_parquet({quoted(scratch)}, hive_partitioning = false)"
+    sums = [
+        connection.execute(f"SELECT count(*), bit_xor(hash({WHOLE})) FROM {source}").fetchall()[0]
+        for source in (f"({rows})", written)
+    ]
+    if sums[0] != sums[1]:
+        scratch.unlink()
+        raise OSError(f"{scratch} does not hold what was written to it; nothing was deleted. Check the disk")
+    final = place / name
+    _sync(scratch)
+    os.replace(scratch, final)
+    for parent in (place, place.parent):
+        _sync(parent)
+    with open(final, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return str(final.relative_to(folder)), int(sums[0][0]), digest
+
+
+def archived(connection: duckdb.DuckDBPyConnection) -> list[tuple[date, str, int, str]]:
+    """Day, file, events and SHA-256 of each archive that counts, oldest first."""
+    return connection.execute("SELECT day, file, events, sha256 FROM log.archives ORDER BY day, file").fetchall()
+
+
+def parquet(folder: Path, files: list[str]) -> str:
+    """The archives as a source of SQL."""
+    paths = ", ".join(quoted(folder / file) for file in files)
+    return f"read_parquet([{paths}], union_by_name = true, hive_partitioning = false, filename = true)"
+
+
+def remove_orphans(log: RunLog) -> int:
+    """Remove files that a process which was killed left behind; for who is `alone`."""
+    with log.database.reading() as connection:
+        known = set() if connection is None else {file for _, file, _, _ in archived(connection)}
+    orphans = [p for p in (log.folder / ARCHIVE).glob("day=*/*") if str(p.relative_to(log.folder)) not in known]
+    orphans += log.folder.glob(f"{_SCRATCH}*")
+    for path in orphans:
+        path.unlink(missing_ok=True)
+    for day in (log.folder / ARCHIVE).glob("day=*"):
+        with suppress(OSError):  # it is not empty
+            day.rmdir()
+    return len(orphans)
+
+
+def give_back(log: RunLog, deleted: int = 0, *, always: bool = False) -> int:
+    """Write the database anew, without what was deleted; returns by how many bytes it shrank. For who is `alone`.
+
+    DuckDB never makes its file smaller, keeps a whole group of rows while one of them is left, and what was deleted stays
+    readable in the file. Writing it anew takes as long as there are events left in it, so it is done where an eighth is
+    to be won.
+
+    Args:
+        deleted: how many events were.
+        always: also if there is little to win: what was deleted must not stay.
+    """
+    if log.database.is_shared or not log.database.path.exists():
+        return 0
+    path, scratch = log.database.path, log.folder / f"{_SCRATCH}{os.urandom(4).hex()}"
+    before = path.stat().st_size
+    with log.database.writing(_PATIENCE_S) as connection:
+        connection.execute("CHECKPOINT log")
+        free = "SELECT block_size * free_blocks FROM pragma_database_size() WHERE database_name = 'log'"
+        unused = int(one(connection.execute(free)))
+        left = int(one(connection.execute("SELECT count(*) FROM log.events")))
+        if not always and unused < max(_WORTHWHILE, before // 8) and deleted * 7 < left:
+            return 0
+        connection.execute(f"ATTACH {quoted(scratch)} AS anew")
+        connection.execute("COPY FROM DATABASE log TO anew")
+        connection.execute("DETACH anew")
+        connection.execute("DETACH log")
+        _sync(scratch)
+        os.replace(scratch, path)
+        _sync(log.folder)
+    return before - path.stat().st_size
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError:
+        if not path.is_dir():  # not every file system can sync a folder
+            raise
+    finally:
+        os.close(fd)
