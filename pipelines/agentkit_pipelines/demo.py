@@ -50,7 +50,7 @@ def main() -> int:
     for name in ("MLFLOW_TRACKING_URI", "AGENTKIT_SIGNING_KEY", "AGENTKIT_SIGNING_KEY_FILE", "AGENTKIT_TRUST"):
         os.environ.pop(name, None)
     os.environ["AGENTKIT_HOME"] = str(home)
-    os.environ["AGENTKIT_TRACES"] = "off"  # evaluations log in bulk; the one run at the end writes its trace
+    os.environ["AGENTKIT_TRACES"] = "off"  # evaluations log in bulk; the one run at the end has a trace
     _story(root, home)
     console.print(f"\n[dim]took {time.monotonic() - start:.0f} s[/dim]")
     return 0
@@ -213,16 +213,17 @@ def _one_run(system: object) -> None:
     assert isinstance(system, System)
     text = "I was charged twice for order ORD-10003, please refund the second payment."
     _title("One ticket through production", f'agentkit run {system.name}@production "{text}" -i customer_id=C-0001')
+    os.environ["AGENTKIT_TRACES"] = "on"
     record = system.run(ticket=text, customer_id="C-0001")
     output = record.output or {}
     console.print(
         f"  {record.state}: route {record.route}, {output.get('category')}, action [bold]{output.get('action')}[/bold] "
         f"(confidence {output.get('confidence', 0):.2f}): {output.get('reason')}"
     )
-    trace = traces.log_trace(record)
     traces.flush()
     console.print(
-        f"  {record.seconds * 1000:.0f} ms, {record.tokens_in} + {record.tokens_out} tokens, USD {record.usd:.2f}, trace {trace}"
+        f"  {record.seconds * 1000:.0f} ms, {record.tokens_in} + {record.tokens_out} tokens, USD {record.usd:.2f}, "
+        f"trace {traces.trace_id(record.run_id)}"
     )
 
 
@@ -233,7 +234,7 @@ def _next(home: Path, root: Path) -> None:
         (f"{prefix}.venv/bin/agentkit ui", "versions, verdicts, prompts and the trace in the MLflow UI"),
         (f"{prefix}.venv/bin/agentkit list", "the four versions and their verdicts"),
         (f"{prefix}.venv/bin/agentkit verify support_triage@production", "every signature and hash behind it"),
-        (f'{prefix}.venv/bin/agentkit log "SELECT release, count(*) FROM runs GROUP BY 1"', "the run log, in SQL"),
+        (f'{prefix}.venv/bin/agentkit log query "SELECT release, count(*) FROM runs GROUP BY 1"', "the run log, in SQL"),
         ("make lab", "the notebooks: 01_quickstart.ipynb first"),
         (".venv/bin/marimo edit notebooks/support_triage.py", "the system itself"),
     ):

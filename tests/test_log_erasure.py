@@ -1,0 +1,214 @@
+"""One user's data taken out of the run log: nothing of it is left anywhere, and the chain is still whole."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+from log_files import in_process, run, write
+
+import agentkit as ak
+from agentkit.callers import Caller
+from agentkit.errors import UsageError
+from agentkit_tracking import keys
+from agentkit_tracking.runlog import RunLog, feedback
+from agentkit_tracking.runlog.erasure import Erased, erase_user
+from agentkit_tracking.runlog.retention import compact
+from agentkit_tracking.runlog.verification import Report, verify
+
+ANNA = Caller("anna").user_hash
+
+
+@pytest.fixture
+def log(own_home: Path) -> RunLog:
+    """Anna's and Bob's runs, in an archive, in the database, and in a segment that is still written to."""
+    keys.create("Ada")
+    log = RunLog()
+    for place, days in (("archive", 9.0), ("database", 1.0), ("fresh", 0.0)):
+        write(
+            log,
+            run(f"anna-{place}", ANNA),
+            run(f"child-{place}", parent=f"anna-{place}"),
+            run(f"bob-{place}", Caller("bob").user_hash),
+            days=days,
+        )
+        if place == "archive":
+            log.close()
+            compact(log, 5)
+        elif place == "database":
+            log.fold()
+    feedback.give(log, "anna-archive", "rejected", comment="the comment of anna", by="anna")
+    return log
+
+
+def secrets(log: RunLog) -> list[str]:
+    """Runs something of whose private parts is left, and feedback."""
+    return log.sql(
+        "SELECT DISTINCT run_id FROM events WHERE private::VARCHAR <> '{}' AND run_id IS NOT NULL ORDER BY 1"
+    )["run_id"].to_list()
+
+
+def left_in_files(log: RunLog, words: tuple[bytes, ...]) -> list[str]:
+    """Which files still hold one of the words; archives are read, since they are compressed."""
+    found = [p.name for p in log.folder.rglob("*") if p.is_file() and any(w in p.read_bytes() for w in words)]
+    table = log.sql("SELECT * FROM events").write_csv().encode()
+    return found + [f"answer: {w.decode()}" for w in words if w in table]
+
+
+def test_everything_of_one_user_goes_and_nothing_else_does(log: RunLog) -> None:
+    figures = log.sql("SELECT * EXCLUDE (user_hash, session) FROM outcomes ORDER BY run_id").rows()
+    done = erase_user(log, "anna", why="asked for it, ticket 4711", by="Ada")
+    assert sorted(done.runs) == [
+        f"{who}-{place}" for who in ("anna", "child") for place in ("archive", "database", "fresh")
+    ]
+    # run, model and outcome of each; of the transition there is nothing private; and the feedback
+    assert done.events == 6 * 3 + 1
+    assert secrets(log) == ["bob-archive", "bob-database", "bob-fresh"]
+    assert left_in_files(log, (b"secret of anna", b"secret of child", b"comment of anna", str(ANNA).encode())) == []
+    assert log.sql("SELECT * EXCLUDE (user_hash, session) FROM outcomes ORDER BY run_id").rows() == figures
+    assert log.sql(
+        "SELECT private->>'inputs' IS NOT NULL FROM events WHERE run_id = 'bob-archive' AND type = 'run'"
+    ).item()
+    report = verify(log)
+    assert report.faults == []
+    assert "private parts of 19 events of 6 runs were erased on request" in report.remarks
+
+
+def test_the_chain_says_who_asked_and_why_and_not_for_whom(log: RunLog) -> None:
+    erase_user(log, user_hash=ANNA, why="a letter by anna@example.com", by="Ada")
+    [(event, by, why)] = log.sql(
+        "SELECT name, private->>'by', private->>'why' FROM events WHERE type = 'erasure'"
+    ).rows()
+    assert (event, by) == ("user", "Ada")
+    assert why.startswith("a letter by ")
+    assert "anna" not in why
+
+
+def test_a_second_erasure_changes_nothing(log: RunLog) -> None:
+    erase_user(log, "anna", why="asked for it")
+    count = log.sql("SELECT count(*) FROM events").item()
+    assert erase_user(log, "anna", why="asked for it") == Erased()
+    assert log.sql("SELECT count(*) FROM events").item() == count
+
+
+def test_runs_that_were_under_way_go_with_the_next_erasure(log: RunLog) -> None:
+    erase_user(log, "anna", why="asked for it")
+    write(log, run("anna-fresh", ANNA))  # its end is logged now
+    assert "anna-fresh" in secrets(log)
+    assert "3 events of erased runs still have theirs" in " ".join(_after_fold(log).remarks)
+    assert erase_user(log, "nobody else", why="finish").runs == ("anna-fresh",)
+    assert verify(log).is_whole
+    assert "anna-fresh" not in secrets(log)
+
+
+def _after_fold(log: RunLog) -> Report:
+    log.fold()
+    return verify(log)
+
+
+def test_a_log_is_folded_archived_and_verified_after_an_erasure_as_before(log: RunLog) -> None:
+    erase_user(log, "anna", why="asked for it")
+    write(log, run("later"))
+    log.close()
+    log.fold()
+    compact(log, 0)
+    assert verify(log).faults == []
+    assert secrets(log) == ["bob-archive", "bob-database", "bob-fresh", "later"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "erasure._erase_in_files = die",
+        "blanking.erase = die_at(2)",
+        "erasure._erase_in_archives = die",
+        "erasure.write_archive = die",
+        "Path.unlink = die",
+        "erasure._erase_in_database = die",
+        "erasure._settle = die",
+        "upkeep.os.replace = die_at(2)",
+    ],
+    ids=["after the event", "within a file", "after files", "at an archive", "before the old archive is removed",
+         "before the database", "after the database", "before the database is written anew"],
+)  # fmt: skip
+def test_an_erasure_that_is_killed_is_finished_by_the_next(log: RunLog, how: str) -> None:
+    log.close()
+    script = f"""
+import os
+from log_files import *
+from pathlib import Path
+from agentkit_tracking.runlog import blanking, erasure, upkeep
+def die(*_, **__): os.kill(os.getpid(), 9)
+def die_at(n, done=[]):
+    def step(*a, **k):
+        done.append(1)
+        return die() if len(done) == n else real(*a, **k)
+    real = os.replace if {"replace" in how} else blanking.erase
+    return step
+log = RunLog()
+write(log, run("anna-more", "{ANNA}"))
+{how}
+erasure.erase_user(log, "anna", why="asked for it", by="Ada")
+"""
+    killed = in_process(script)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert verify(log).faults == []
+    erase_user(log, "anna", why="asked for it", by="Ada")
+    assert secrets(log) == ["bob-archive", "bob-database", "bob-fresh"]
+    assert left_in_files(log, (b"secret of anna", b"secret of child", b"comment of anna", str(ANNA).encode())) == []
+    assert len(list(log.folder.glob("archive/*/*"))) == 1
+    assert verify(log).faults == []
+
+
+def test_the_file_of_a_process_that_is_writing_is_blanked_while_it_writes(log: RunLog) -> None:
+    writer = in_process(
+        "import sys; from log_files import *; log = RunLog()\n"
+        f"for i in range(2000):\n    write(log, run(f'w{{i:04}}', '{ANNA}' if i % 2 else None))\n"
+        "    if i == 300: print('going', flush=True)\n"
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "going\n"
+    first = erase_user(log, "anna", why="asked for it")
+    writer.communicate()
+    assert writer.returncode == 0
+    assert len(first.runs) > 100
+    assert log.sql("SELECT count(*) FROM outcomes WHERE run_id LIKE 'w%'").item() == 2000
+    erase_user(log, "anna", why="asked for it")
+    assert verify(log).faults == []
+    assert log.sql("SELECT count(*) FROM runs WHERE run_id LIKE 'w%' AND inputs IS NOT NULL").item() == 1000
+
+
+def test_the_traces_of_erased_runs_go_too(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTKIT_TRACES", "on")
+    system = ak.adopt(lambda text: text.upper(), name="shout")
+    with ak.acting_for("anna"):
+        system.run(text="for anna")
+    kept = system.run(text="for nobody")
+    from agentkit_tracking import traces
+    from agentkit_tracking.home import connect
+
+    traces.flush()
+    done = erase_user(RunLog(), "anna", why="asked for it")
+    assert (len(done.runs), done.traces, done.traces_left) == (1, 1, "")
+    client = connect()
+    experiment = client.get_experiment_by_name("shout")
+    left = client.search_traces(locations=[experiment.experiment_id])
+    assert [trace.info.tags["agentkit.run_id"] for trace in left] == [kept.run_id]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "name the user, or the pseudonym"),
+        ({"user": "anna", "user_hash": "0" * 16}, "name the user, or the pseudonym"),
+        ({"user": " "}, "the user is empty"),
+        ({"user_hash": "anna"}, "is no pseudonym: those are 16 hex digits"),
+        ({"user": "anna", "why": " "}, "an erasure is recorded with why"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(log: RunLog, given: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        erase_user(log, **{"why": "asked", **given})
+    assert len(secrets(log)) == 9
