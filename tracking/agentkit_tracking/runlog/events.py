@@ -123,7 +123,6 @@ def stepped(run: Any, step: Step, number: int, keep: Callable[[Any], Any]) -> Ev
 
 def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
     """The event that a run ended: the record without its steps."""
-    own = [s for s in record.steps if s.run is None]
     event = _of(
         record,
         "outcome",
@@ -139,7 +138,7 @@ def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
         tokens_out=record.tokens_out,
         usd=record.usd,
         effects=len(record.effects),
-        failed_calls=sum(s.error is not None for s in own if s.kind in ("model", "tool")),
+        failed_calls=sum(s.error is not None for s in record.steps if s.kind in ("model", "tool")),
         approvals=sum(s.kind == "approval" for s in record.steps),
         refusals=int(record.error is not None and _error_type(record.error) in _REFUSALS),
         is_degraded=record.degraded is not None,
