@@ -27,10 +27,12 @@ import against_peers
 import concurrency
 import dspy
 import durable
+import forwarding
 import guarding
 import numpy as np
 import operations_page
 import polars as pl
+import runlog
 import warm_runner
 from dspy.lm15 import Message, Response, TextPart, Usage
 from rich.console import Console
@@ -224,8 +226,10 @@ def main() -> None:
     evaluation_throughput()
     concurrency.measure(note)
     durable.measure(note)
+    forwarding.measure(note)
     warm_runner.measure(note)
     guarding.measure(note)
+    runlog.measure(note)
     operations_page.measure(note)
     for name, label in (("banking77", "category"), ("hwu64", "intent")):
         path = data / name / "train.csv" if data else None

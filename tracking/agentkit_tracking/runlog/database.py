@@ -197,12 +197,16 @@ def version(connection: duckdb.DuckDBPyConnection) -> int:
     return found
 
 
-def migrate(connection: duckdb.DuckDBPyConnection) -> None:
-    """Bring the attached database up to date, each migration in a transaction of its own."""
+def migrate(connection: duckdb.DuckDBPyConnection, *, without: str = "") -> None:
+    """Bring the attached database up to date, each migration in a transaction of its own.
+
+    Args:
+        without: words that this kind of database does not take.
+    """
     for number in range(version(connection) + 1, NEWEST + 1):
         with transaction(connection):
             for statement in MIGRATIONS[number]:
-                connection.execute(statement)
+                connection.execute(statement.replace(without, "") if without else statement)
             connection.execute("INSERT INTO log.migrations VALUES (?, now())", [number])
 
 

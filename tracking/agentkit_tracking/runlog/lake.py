@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from agentkit.errors import UsageError
 from agentkit_tracking.runlog.database import Database, connected, migrate, quoted, version
-from agentkit_tracking.runlog.migrations import NEWEST
+from agentkit_tracking.runlog.migrations import NEWEST, ZSTD
 
 if TYPE_CHECKING:
     import duckdb
@@ -64,7 +64,7 @@ class Lake(Database):
         """A connection on one snapshot of the lake, attached as `log`."""
         with self._attached() as connection:
             if version(connection) < NEWEST:
-                self.retrying(lambda: migrate(connection))
+                self.retrying(lambda: migrate(connection, without=ZSTD))
             connection.execute("BEGIN")
             yield connection
 
@@ -73,7 +73,7 @@ class Lake(Database):
         """A connection with the lake attached as `log`, brought up to date if need be."""
         with self._attached() as connection:
             if version(connection) < NEWEST:
-                self.retrying(lambda: migrate(connection))
+                self.retrying(lambda: migrate(connection, without=ZSTD))
             yield connection
 
     def retrying(self, work: Callable[[], None]) -> None:
