@@ -17,7 +17,7 @@ from agentkit.budget import Budget, Ledger
 class Notice:
     """Something a person should hear of: a call made at tier 2, an approval that waits, an effect in doubt."""
 
-    kind: str  # acted | approval | unknown
+    kind: str  # acted | approval | unknown | degraded
     run_id: str
     system: str
     text: str  # one sentence

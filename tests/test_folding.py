@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_damage_costs_its_own_line_and_is_kept_as_a_finding(log: RunLog) -> None
     with log.database.reading() as connection:
         assert connection is not None
         assert connection.execute("SELECT segment, fault FROM log.findings").fetchall() == [(path.stem, "damaged")]
+
+
+def test_bytes_that_are_no_text_are_damage_whatever_their_checksum(log: RunLog) -> None:
+    log.append(record("a", inputs={"text": "é"}))
+    log.append(record("b"))
+    log.close()
+    [path] = log.segments.iterdir()
+    made = path.read_bytes().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(made) if b"\xc3\xa9" in line)
+    rest = made[place][34:-1].replace(b"\xc3\xa9", b"\xff\xfe")
+    made[place] = b'{"len":%9d,"crc":"%08x",' % (len(rest), zlib.crc32(rest)) + rest + b"\n"
+    path.write_bytes(b"".join(made))
+    assert log.sql("SELECT count(*) FROM events").item() == 5
+    assert [found.why for _, found in log.fold().findings] == ["it is no UTF-8"]  # type: ignore[union-attr]
+    assert ids(log) == ["a", "b"]
 
 
 @pytest.mark.parametrize("moment", ["before the transaction", "in it", "after it, before files are removed"])

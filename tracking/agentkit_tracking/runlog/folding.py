@@ -15,46 +15,45 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from agentkit_tracking.runlog import legacy
-from agentkit_tracking.runlog.database import Database, LogBusy, lease, quoted, transaction
+from agentkit_tracking.runlog.database import Database, LogBusy, lease, transaction
 from agentkit_tracking.runlog.events import COLUMNS
-from agentkit_tracking.runlog.segments import EVENT, HASH, PRIVATE, SALT, START, SUFFIX, Chain, Finding, is_live, scan
+from agentkit_tracking.runlog.segments import (
+    EVENT,
+    HASH,
+    PRIVATE,
+    SALT,
+    START,
+    SUFFIX,
+    Chain,
+    Finding,
+    Places,
+    is_live,
+    scan,
+)
 
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-BATCH = (
-    122_880  # events in one transaction, a row group of DuckDB: how long readers wait, and how much is in memory, twice
-)
+BATCH = 122_880  # events in one transaction, a row group of DuckDB: how long readers wait; in memory twice
 _CHUNK = 32 << 20  # bytes read at once
-_FOREIGN_S = (
-    7 * 86_400
-)  # whether a process lives can be told on its own machine only; one silent for so long counts as ended
+# Whether a process lives can be told on its own machine only; one that is silent for so long counts as ended.
+_FOREIGN_S = 7 * 86_400
 _ROWS = 16_384  # of an Arrow batch: DuckDB gives each to a thread
 _CLOSED = b'"type":"segment","name":"closed"'
 _TYPES = json.dumps(COLUMNS)
 
-
-def _part(place: slice) -> str:
-    return f"substr(line, {place.start + 1}, {place.stop - place.start})"
-
-
-# From lines of segments, ends included, to rows of `events`.
+# From lines of segments, as `as_table` gives them, to rows of `events`.
 ROWS = f"""
     SELECT segment, split_part(left(event, 64), '"', 4).split_part('-', 2)::BIGINT AS n,
         unnest(json_transform(event, '{_TYPES}')),
         CASE WHEN contains(private, '"user_hash"') THEN private->>'user_hash' END AS user_hash,
         CASE WHEN contains(private, '"session"') THEN private->>'session' END AS session,
         event, CASE WHEN rtrim(private) <> 'null' THEN private END AS private, salt, hash
-    FROM (
-        SELECT segment, {_part(HASH)} AS hash, {_part(SALT)} AS salt,
-            substr(line, {EVENT + 1}, split - {EVENT + 1}) AS event,
-            substr(line, split + {len(PRIVATE)}, length(line) - split - {len(PRIVATE) + 1}) AS private
-        FROM (SELECT segment, line, instr(line, {quoted(PRIVATE.decode())}) AS split FROM lines)
-    )
+    FROM lines
 """
 
 
@@ -106,7 +105,7 @@ def _fold(folder: Path, database: Database) -> Folded:
         for batch in _ahead(_batches(folder, known)):
             with database.writing() as connection:
                 database.retrying(partial(_store_whole, connection, batch, appends_only=database.is_shared))
-            done.events += sum(len(part.starts) for part in batch)
+            done.events += sum(len(part.places[0]) for part in batch)
             done.segments += len(batch)
             done.findings += [(part.after.segment, found) for part in batch for found in part.findings]
             for part in batch:
@@ -141,8 +140,7 @@ class Part:
 
     after: Position
     content: bytes
-    starts: list[int]
-    ends: list[int]
+    places: Places
     findings: list[Finding]
 
 
@@ -152,7 +150,7 @@ def _batches(folder: Path, known: dict[str, Position]) -> Iterator[list[Part]]:
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         for part in parts(path, known.get(path.stem) or Position(path.stem)):
             batch.append(part)
-            size += len(part.starts)
+            size += len(part.places[0])
             if size >= BATCH:
                 yield batch
                 batch, size = [], 0
@@ -164,7 +162,7 @@ def parts(path: Path, position: Position, *, check: bool = True, file: BinaryIO 
     """What a segment (open already as `file`, perhaps) holds beyond a position, in stretches."""
     if position.state != "open":
         # It was folded whole; the process that did has died before it could remove the file.
-        yield Part(position, b"", [], [], [])
+        yield Part(position, b"", ([], [], []), [])
         return
     live = is_live(path)  # before reading: what is read of one that is not is all there will ever be
     age_s = time.time() - _changed(path)
@@ -182,7 +180,10 @@ def parts(path: Path, position: Position, *, check: bool = True, file: BinaryIO 
             end = content.rfind(b"\n") + 1
             rest, content = content[end:], content[:end]
             is_first = start == 0
-            starts, ends, findings = scan(content, start, chain, check=check)
+            places, findings = scan(content, start, chain, check=check)
+            if not _is_text(content):
+                places = _only_text(content, start, places, findings)
+            starts, _, ends = places
             start += end
             at_end = len(chunk) < _CHUNK
             state, torn = "open", 0
@@ -193,9 +194,28 @@ def parts(path: Path, position: Position, *, check: bool = True, file: BinaryIO 
                 state, torn = "ended", len(rest)
             position = Position(position.segment, start, chain.n, chain.digest.decode(), state, host, pid, torn)
             if starts or findings or state != "open":
-                yield Part(position, content, starts, ends, findings)
+                yield Part(position, content, places, findings)
             if at_end:
                 return
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _only_text(content: bytes, offset: int, places: Places, findings: list[Finding]) -> Places:
+    """Without lines whose checksum fits and which are no UTF-8 all the same: agentkit has not written them."""
+    good = []
+    for start, split, end in zip(*places, strict=True):
+        if _is_text(content[start:end]):
+            good.append((start, split, end))
+        else:
+            findings.append(Finding(offset + start, None, "damaged", "it is no UTF-8"))
+    return [p[0] for p in good], [p[1] for p in good], [p[2] for p in good]
 
 
 def _changed(path: Path) -> float:
@@ -211,28 +231,45 @@ def _opened(line: bytes) -> tuple[str | None, int | None]:
 
 
 def as_table(parts: list[Part]) -> pa.Table:
-    """The lines as Arrow, for `ROWS`; the bytes are not copied."""
+    """The lines as Arrow: segment, event, private, salt, hash. Texts are views of the bytes that were read, not copies."""
     import numpy as np
     import pyarrow as pa
 
-    schema = pa.schema([("segment", pa.string()), ("line", pa.large_string())])
+    schema = pa.schema(
+        [("segment", pa.string()), *((name, pa.string_view()) for name in ("event", "private", "salt", "hash"))]
+    )
     batches = []
     for part in parts:
-        ends = np.asarray(part.ends, np.int64)
-        starts = np.asarray(part.starts, np.int64)
+        starts, splits, ends = (np.asarray(places, np.int64) for places in part.places)
         for first in range(0, len(starts), _ROWS):
-            begin, end = starts[first : first + _ROWS], ends[first : first + _ROWS]
-            # Lines follow each other; where damage lies between two, the first would hold it, too.
-            whole = np.append(begin, end[-1] + 1)
-            if (whole[1:] != end + 1).any():
-                texts = pa.array([part.content[b : e + 1] for b, e in zip(begin, end, strict=True)], pa.large_binary())
-                lines = texts.cast(pa.large_string())
-            else:
-                buffers = [None, pa.py_buffer(whole), pa.py_buffer(part.content)]
-                lines = pa.Array.from_buffers(pa.large_string(), len(begin), buffers)
-            segment = pa.array([part.after.segment], pa.string())
-            batches.append(pa.record_batch([pa.repeat(segment[0], len(begin)), lines], schema))
+            some = slice(first, first + _ROWS)
+            begin, split, end = starts[some], splits[some], ends[some]
+            texts = [
+                (begin + EVENT, split),
+                (split + len(PRIVATE), end - 1),
+                (begin + SALT.start, begin + SALT.stop),
+                (begin + HASH.start, begin + HASH.stop),
+            ]
+            segment = pa.repeat(pa.scalar(part.after.segment, pa.string()), len(begin))
+            batches.append(pa.record_batch([segment, *(_views(part.content, *place) for place in texts)], schema))
     return pa.Table.from_batches(batches, schema)
+
+
+def _views(buffer: bytes, starts: Any, ends: Any) -> Any:
+    """Strings in a buffer, as Arrow's view layout: length, then up to 12 bytes, or 4 of them, buffer and place."""
+    import numpy as np
+    import pyarrow as pa
+
+    data, sizes = np.frombuffer(buffer, np.uint8), ends - starts
+    views = np.empty((len(starts), 4), "<i4")
+    views[:, 0], views[:, 2], views[:, 3] = sizes, 0, starts
+    views[:, 1] = np.lib.stride_tricks.sliding_window_view(data, 4)[starts].view("<i4")[:, 0]
+    for row in np.flatnonzero(sizes <= 12):
+        short = buffer[starts[row] : ends[row]].ljust(12, b"\0")
+        views[row, 1:] = np.frombuffer(short, "<i4")
+    return pa.Array.from_buffers(
+        pa.string_view(), len(starts), [None, pa.py_buffer(views.tobytes()), pa.py_buffer(buffer)]
+    )
 
 
 def _store_whole(connection: duckdb.DuckDBPyConnection, batch: list[Part], *, appends_only: bool) -> None:

@@ -310,8 +310,11 @@ def number(event: bytes) -> int:
     return int(event[dash + 1 : event.index(b'"', dash)])
 
 
-def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[list[int], list[int], list[Finding]]:
-    """Where the good lines in `content` begin and end, and what is wrong; as `lines` and `Chain`, for many at once.
+Places = tuple[list[int], list[int], list[int]]  # where lines begin, where their `PRIVATE` begins, where they end
+
+
+def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[Places, list[Finding]]:
+    """Where the good lines in `content` are, and what is wrong; as `lines` and `Chain`, for many at once.
 
     Private parts are not compared with their hashes: that is for whoever verifies.
 
@@ -320,6 +323,7 @@ def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[lis
         check: whether hashes are to follow from each other.
     """
     starts: list[int] = []
+    splits: list[int] = []
     ends: list[int] = []
     findings: list[Finding] = []
     find, crc32, sha256, view = content.find, zlib.crc32, hashlib.sha256, memoryview(content)
@@ -338,6 +342,7 @@ def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[lis
                 n = _numbered(content[start + EVENT : split], n)
             follows = True
             starts.append(start)
+            splits.append(split)
             ends.append(end)
         else:
             why = _broken(content, start, end) or "no event"
@@ -345,7 +350,7 @@ def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[lis
             follows = False
         start = end + 1
     chain.n, chain.digest, chain.has_gap = n, digest, not follows
-    return starts, ends, findings
+    return (starts, splits, ends), findings
 
 
 def _numbered(event: bytes, before: int) -> int:
