@@ -74,6 +74,8 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ):
         monkeypatch.delenv(name, raising=False)
     yield home
+    if (forwarding := sys.modules.get("agentkit_tracking.forwarding.background")) is not None:
+        forwarding.stop()
     from agentkit_tracking import keys, runlog
     from agentkit_tracking.control import database
 

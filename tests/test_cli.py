@@ -106,7 +106,8 @@ def test_register_list_show_and_diff_tell_a_version_apart(sh, project):
     assert "the same release" in sh("diff", "shout/1", "shout/1")[1]
 
 
-def test_run_shows_route_decision_cost_latency_and_trace(sh):
+def test_run_shows_route_decision_cost_latency_and_trace(sh, monkeypatch):
+    monkeypatch.setenv("AGENTKIT_TRACES", "on")
     code, out, _ = sh("run", "shout.py", "hello", "-i", "times=2")
     assert code == 0
     assert "text: HELLOHELLO" in out

@@ -1,21 +1,30 @@
-"""MLflow traces: one per run, its phases, calls and cost as people look for them; never in a run's way."""
+"""MLflow traces: one per run, its phases, calls, cost and feedback as people look for them; written as MLflow writes them."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import dspy
 import pytest
+from crews import crew, node, nothing_paid_yet, refund  # noqa: F401
+from forwarded import keep, made, own_log, traces_of
 from mlflow.entities import Trace
 from pydantic import BaseModel
 from releases import furnish
+from typer.testing import CliRunner
 
 import agentkit as ak
 from agentkit.records import RunRecord, Step
+from agentkit_pipelines.cli import app
 from agentkit_tracking import traces
-from agentkit_tracking.home import connect, experiment_id
-from agentkit_tracking.runlog import RunLog
+from agentkit_tracking.forwarding import mlflow_bulk
+from agentkit_tracking.forwarding.consumer import Consumer
+from agentkit_tracking.forwarding.mlflow_target import MlflowTarget
+from agentkit_tracking.home import connect, experiment_id, tracking_uri
+from agentkit_tracking.runlog import RunLog, feedback, own
 
 
 class Decide(dspy.Signature):
@@ -79,27 +88,19 @@ def priced() -> RunRecord:
         Step("model", "openai/x", "PLANNING", 0.1 * i, 0.05, model="openai/x", tokens_in=100, tokens_out=20, usd=0.25)
         for i in range(2)
     ]
-    record = RunRecord(
-        "priced", "shop", None, "run", "2026-11-20T10:00:00+00:00", 1.0, "DONE", None, {"ticket": "t"}, {"action": "answer"},
-        None, [], {"planning": 1.0, "execution": 0.0, "reflection": 0.0}, 0.0, 2, 0, 200, 40, 0.5, calls,
-    )  # fmt: skip
-    traces.write(record)
+    record = made(steps=calls, model_calls=2, tokens_in=200, tokens_out=40, usd=0.5)
+    own().append(record)
     return record
-
-
-def stored(system: str) -> list[Trace]:
-    traces.flush()
-    return list(connect().search_traces(locations=[experiment_id(system)]))
 
 
 AWKWARD = "emoji 🙂\n{{ braces }} <b>html</b> " + "x" * 200_000
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
-    """Runs of all kinds and their traces; together, since MLflow takes two seconds to empty its queue."""
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Kept]]:
+    """Runs of all kinds and their traces."""
     home = furnish(tmp_path_factory.mktemp("traces"))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, own_log():
         patch.setenv("AGENTKIT_HOME", str(home))
         patch.setenv("AGENTKIT_TRACES", "on")
         shop, bare = ak.System("shop", [Refunds()]), ak.System("shop", [Refunds()])
@@ -115,12 +116,15 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
         with ak.approve_with(lambda request: True):
             records["waited"] = shop.run(ticket="I paid twice", amount=30.0)
         shop.release = "a" * 64
-        records["released"] = shop.run(ticket="a question", amount=5.0)
-        patch.setenv("AGENTKIT_TRACES", "off")
-        records["off"] = shop.run(ticket="a question", amount=1.0)
-        found = {trace.info.tags["agentkit.run_id"]: trace for trace in stored("shop")}
-        assert len(found) == len(stored("shop")), "two traces of one run"
-    return {name: Kept(r, found[r.run_id]) for name, r in records.items() if r.run_id in found}
+        with ak.acting_for("ann@example.com", "chat-17"):
+            records["released"] = shop.run(ticket="a question", amount=5.0)
+        said = records["plain"].run_id
+        feedback.give(own(), said, "corrected", rating=4, comment="nearly", by="bob")
+        feedback.give(own(), said, comment="thanks", by="ann", source="reviewer")
+        assert traces.flush()
+        found = traces_of()
+        yield {name: Kept(r, found[r.run_id]) for name, r in records.items() if r.run_id in found}
+        own().close()
 
 
 def test_a_run_is_one_trace_with_its_phases_and_the_calls_in_them(kept: dict[str, Kept]) -> None:
@@ -134,7 +138,9 @@ def test_a_run_is_one_trace_with_its_phases_and_the_calls_in_them(kept: dict[str
     }
     root, spans = trace.data.spans[0], {span.name: span for span in trace.data.spans}
     assert (trace.info.state, root.inputs, root.outputs) == ("OK", record.inputs, record.output)
-    assert (spans["pay"].inputs, spans["pay"].outputs) == ({"inputs": {"amount": 5.0}}, "paid 5.00")
+    assert (spans["pay"].inputs, spans["pay"].outputs) == ({"amount": 5.0}, "paid 5.00")
+    said = "[[ ## action ## ]]\nrefund\n\n[[ ## completed ## ]]"
+    assert spans["embedded/default"].outputs == {"choices": [{"message": {"role": "assistant", "content": said}}]}
     assert (root.end_time_ns - root.start_time_ns) / 1e9 == pytest.approx(record.seconds, abs=1e-3)
     assert all(root.start_time_ns <= s.start_time_ns <= s.end_time_ns <= root.end_time_ns for s in trace.data.spans)
 
@@ -142,16 +148,38 @@ def test_a_run_is_one_trace_with_its_phases_and_the_calls_in_them(kept: dict[str
 def test_a_wait_for_a_person_is_a_phase_of_its_own(kept: dict[str, Kept]) -> None:
     tree = kept["waited"].tree
     assert [name for name, _ in tree["shop"]] == ["PLANNING", "EXECUTING", "AWAITING_HUMAN", "EXECUTING", "REFLECTING"]
-    assert tree["AWAITING_HUMAN"] == [("pay", "TOOL")]
+    assert tree["AWAITING_HUMAN"] == [("approval of pay", "GUARDRAIL")]
 
 
-def test_tags_say_run_release_state_route_and_cost(kept: dict[str, Kept]) -> None:
+def test_tags_say_run_release_stage_state_route_and_cost(kept: dict[str, Kept]) -> None:
     record, trace = kept["released"]
     assert {k: v for k, v in trace.info.tags.items() if k.startswith("agentkit.")} == {
-        "agentkit.run_id": record.run_id, "agentkit.release": "a" * 64, "agentkit.state": "DONE",
-        "agentkit.route": "refunds", "agentkit.usd": "0.000000",
+        "agentkit.run_id": record.run_id, "agentkit.release": "a" * 64, "agentkit.stage": "draft",
+        "agentkit.state": "DONE", "agentkit.route": "refunds", "agentkit.usd": "0.000000",
     }  # fmt: skip
+    assert trace.info.tags["mlflow.traceName"] == "shop"
     assert kept["plain"].trace.info.tags["agentkit.release"] == "draft"
+
+
+def test_user_and_session_stand_where_mlflow_shows_them(kept: dict[str, Kept]) -> None:
+    record, trace = kept["released"]
+    assert trace.info.trace_metadata["mlflow.trace.session"] == "chat-17"
+    assert trace.info.trace_metadata["mlflow.trace.user"] == record.user_hash
+
+
+def test_a_trace_and_its_run_name_each_other(kept: dict[str, Kept]) -> None:
+    for record, trace in kept.values():
+        assert trace.info.trace_id == traces.trace_id(record.run_id)
+        assert trace.info.tags["agentkit.run_id"] == record.run_id
+
+
+def test_feedback_is_attached(kept: dict[str, Kept]) -> None:
+    found = kept["plain"].trace.info.assessments
+    assert {(a.name, a.value, a.rationale, a.source.source_id) for a in found} == {
+        ("feedback", "corrected", "nearly", "bob"), ("rating", 4.0, "nearly", "bob"), ("comment", "thanks", None, "ann"),
+    }  # fmt: skip
+    assert {a.source.source_type for a in found} == {"HUMAN"}
+    assert kept["failed"].trace.info.assessments == []
 
 
 def test_tokens_and_cost_are_summed_up_over_the_model_calls(kept: dict[str, Kept]) -> None:
@@ -166,33 +194,123 @@ def test_a_failed_run_is_an_error_trace_that_shows_where(kept: dict[str, Kept]) 
     states = {span.name: span.status.status_code for span in trace.data.spans}
     assert trace.info.state == "ERROR"
     assert states == {"shop": "ERROR", "PLANNING": "OK", "embedded/default": "OK", "EXECUTING": "ERROR", "pay": "ERROR"}
-    assert trace.data.spans[0].outputs == {"error": record.error}
+    assert trace.data.spans[0].outputs == {"error": record.error, "partial": {"plan": "refund"}}
 
 
 def test_a_refused_call_is_in_the_trace_with_its_reason(kept: dict[str, Kept]) -> None:
     [call] = [span for span in kept["refused"].trace.data.spans if span.span_type == "TOOL"]
-    assert (call.status.status_code, call.outputs[:38]) == ("ERROR", "agent 'refunds' may not use tool 'pay'")
+    assert (call.status.status_code, call.outputs["error"][:38]) == ("ERROR", "agent 'refunds' may not use tool 'pay'")
 
 
 def test_awkward_text_makes_a_trace_too(kept: dict[str, Kept]) -> None:
     assert kept["awkward"].trace.data.spans[0].inputs["ticket"] == AWKWARD
 
 
-def test_evaluation_runs_and_runs_with_traces_off_make_none(kept: dict[str, Kept]) -> None:
-    assert {"evaluation", "off"} & kept.keys() == set()
+def test_evaluation_runs_make_none(kept: dict[str, Kept]) -> None:
+    assert "evaluation" not in kept
 
 
-def test_a_store_that_fails_costs_a_warning_and_the_trace_but_not_the_run(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("AGENTKIT_TRACES", "on")
-    monkeypatch.setattr(traces, "_paused_until", 0.0)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
-    shop = ak.System("shop", [Refunds()])
-    with caplog.at_level(logging.WARNING, "agentkit_tracking.traces"):
-        records = [shop.run(ticket="a question", amount=1.0) for _ in range(3)]
-    assert [r.state for r in records] == ["DONE"] * 3
-    [warning] = [r.message for r in caplog.records if r.name == "agentkit_tracking.traces"]  # once, not per run
-    assert f"run {records[0].run_id} has no trace" in warning
-    assert "does not answer" in warning
-    assert len(RunLog().runs()) == 3
+# --- what is written past MLflow's own functions ----------------------------------------------------------------------
+
+
+def everything(trace: Trace) -> dict[str, Any]:
+    found: dict[str, Any] = trace.to_dict()
+    found["info"]["assessments"] = sorted(found["info"].get("assessments", []), key=str)
+    return found
+
+
+@pytest.fixture
+def log(own_home: Path) -> Iterator[RunLog]:
+    furnish(own_home)
+    with own_log() as log:
+        yield log
+
+
+def forward(log: RunLog) -> Consumer:
+    consumer = Consumer(log, MlflowTarget())
+    consumer.forward()
+    return consumer
+
+
+def test_rows_written_in_bulk_are_those_that_mlflow_writes(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = made()
+    odd = made(
+        run_id="not hex", usd=float("nan"), release=None, session=None, user_hash=None, inputs={"text": "ü🙂" * 2000},
+        output=None, error="ValueError: no", state="FAILED", tokens_in=0,
+    )  # fmt: skip
+    tools = [replace(step, usd=0.5) if step.kind == "tool" else step for step in made().steps]
+    for record in (plain, odd, made(steps=tools), made(steps=[])):
+        log.append(record)
+    forward(log)
+    bulk = {run_id: everything(trace) for run_id, trace in traces_of().items()}
+    connect().delete_traces(experiment_id("shop"), trace_ids=[traces.trace_id(run_id) for run_id in bulk])
+    assert traces_of() == {}
+    monkeypatch.setattr(mlflow_bulk, "can_write", lambda store: False)
+    Consumer(log, MlflowTarget()).file.forget()
+    forward(log)
+    assert {run_id: everything(trace) for run_id, trace in traces_of().items()} == bulk
+
+
+def test_the_tables_are_as_the_bulk_writer_knows_them(log: RunLog) -> None:
+    from mlflow.tracing.client import TracingClient
+
+    connect()
+    assert mlflow_bulk.can_write(TracingClient(tracking_uri()).store)
+
+
+def test_a_column_that_is_new_means_mlflows_own_way(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracing.client import TracingClient
+
+    connect()
+    monkeypatch.setitem(mlflow_bulk._COLUMNS, "spans", "trace_id span_id content")
+    assert not mlflow_bulk.can_write(TracingClient(tracking_uri()).store)
+
+
+def test_what_is_forwarded_again_changes_nothing(log: RunLog) -> None:
+    ids = keep(log, 5)
+    feedback.give(log, ids[0], "accepted", by="bob")
+    forward(log)
+    before = {run_id: everything(trace) for run_id, trace in traces_of().items()}
+    consumer = Consumer(log, MlflowTarget())
+    consumer.file.forget()
+    assert forward(log).done.runs == 5
+    assert {run_id: everything(trace) for run_id, trace in traces_of().items()} == before
+
+
+def test_traces_are_rebuilt_from_the_log(log: RunLog) -> None:
+    ids = keep(log, 5)
+    feedback.give(log, ids[0], "accepted", by="bob")
+    forward(log)
+    connect().delete_traces(experiment_id("shop"), trace_ids=[traces.trace_id(run_id) for run_id in ids[:3]])
+    assert len(traces_of()) == 2
+    log.close()
+    done = CliRunner().invoke(app, ["forward", "mlflow", "--rebuild"])
+    assert (done.exit_code, "5 runs, 1 feedback" in done.output) == (0, True), done.output
+    found = traces_of()
+    assert found.keys() == set(ids)
+    assert [a.value for a in found[ids[0]].info.assessments] == ["accepted"]
+
+
+def test_parts_are_spans_of_the_whole_and_feedback_on_them_is_theirs(log: RunLog) -> None:
+    record = crew(node("payer", lambda run: run.call(refund, order_id="A", usd=1), refund)).run(text="x")
+    (part,) = [step.outputs for step in record.steps if step.kind == "handoff"]
+    feedback.give(log, part, "rejected", by="bob")
+    forward(log)
+    (trace,) = traces_of("crew").values()
+    agents = {span.name: span.span_id for span in trace.data.spans if span.span_type == "AGENT"}
+    assert agents.keys() == {"crew", "payer"}
+    (said,) = trace.info.assessments
+    assert (said.value, said.span_id) == ("rejected", agents["payer"])
+
+
+def test_a_deleted_experiment_refuses_its_runs_only(log: RunLog, caplog: pytest.LogCaptureFixture) -> None:
+    connect().delete_experiment(experiment_id("gone"))
+    keep(log, 2, system="gone")
+    kept_ids = keep(log, 2)
+    consumer = forward(log)
+    while consumer.is_owing:
+        consumer._again_at = 0.0
+        consumer.forward()
+    assert traces_of().keys() == set(kept_ids)
+    assert consumer.done.refused == 2
+    assert "is deleted; restore it" in consumer.file.refused_path.read_text()

@@ -14,16 +14,22 @@ from agentkit_pipelines import (
     approvals_cli,
     budget_cli,
     control_cli,
+    costs_cli,
     data_cli,
     durable_cli,
+    forward_cli,
     gate_cli,
     incident_cli,
+    log_cli,
+    log_upkeep_cli,  # noqa: F401 # adds its commands to those of log_cli
     mcp_cli,
+    monitor_cli,
     terminal,
     tools_cli,
     trust_cli,
 )
-from agentkit_pipelines.gate_cli import CRASH, OK, MaxUsd, Reference, Trusted, Workers, exit_code, fail
+from agentkit_pipelines.gate_cli import CRASH, OK, exit_code, fail
+from agentkit_pipelines.options import MaxUsd, Reference, Trusted, Workers
 
 app = typer.Typer(
     help="LLM agents from notebook to production.\n\nThe road: `register` a notebook, `evaluate` it, `promote` it through "
@@ -39,6 +45,7 @@ ROAD, RUN, LOOK, OPERATE, MACHINE = "The road of a version", "Run", "Look", "Ope
 app.add_typer(approvals_cli.approvals_app, name="approvals", rich_help_panel=OPERATE)
 app.add_typer(budget_cli.budget_app, name="budget", rich_help_panel=OPERATE)
 app.add_typer(data_cli.data_app, name="data", rich_help_panel=ROAD)
+app.add_typer(log_cli.log_app, name="log", rich_help_panel=LOOK)
 app.add_typer(mcp_cli.mcp_app, name="mcp", rich_help_panel=RUN)
 app.add_typer(trust_cli.keys_app, name="keys", rich_help_panel=MACHINE)
 
@@ -121,7 +128,8 @@ def run(
     from agentkit_tracking import loading, source
     from agentkit_tracking.control.approvals import desk_approver
 
-    os.environ["AGENTKIT_TRACES"] = "off"  # written below, so that its link can be shown
+    if as_json:
+        os.environ["AGENTKIT_TRACES"] = "off"  # a script does not wait for mlflow; whoever forwards next takes the run along
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
     if durable and (approve or trust or user):
         raise UsageError("--durable goes with neither --approve, --trust nor --user: another process may go on with it")
@@ -295,44 +303,27 @@ def diff(old: Reference, new: Reference) -> None:
         console.print("no difference: the same release")
 
 
-@app.command(rich_help_panel=LOOK)
-def log(
-    query: Annotated[str | None, typer.Argument(help="SQL on the views `runs` and `steps` (DuckDB)")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="rows without a query")] = 20,
-) -> None:
-    """Query the run log, e.g. `agentkit log "SELECT route, count(*), sum(usd) FROM runs GROUP BY route"`.
-
-    A run's figures include those of the runs it called; sum over `parent IS NULL`.
-    """
-    from rich.table import Table
-
-    from agentkit_tracking.runlog import RunLog
-
-    default = (
-        "SELECT started_at, system, left(release, 12) AS release, kind, route, state, round(seconds, 3) AS seconds, usd, run_id "
-        f"FROM runs ORDER BY started_at DESC LIMIT {limit}"
-    )
-    frame = RunLog().sql(query or default)
-    table = Table(*frame.columns)
-    for row in frame.iter_rows():
-        table.add_row(*(terminal.clip(v) if not isinstance(v, int | float) or v is None else f"{v:g}" for v in row))
-    terminal.console().print(table)
-
-
+app.command(rich_help_panel=LOOK)(log_cli.feedback)
 app.command(rich_help_panel=LOOK)(trust_cli.history)
 app.command(rich_help_panel=LOOK)(trust_cli.verify)
 app.command(rich_help_panel=LOOK)(trust_cli.reproduce)
-
-
-app.command(rich_help_panel=OPERATE)(durable_cli.runs)
-app.command(rich_help_panel=OPERATE)(durable_cli.work)
-app.command(rich_help_panel=OPERATE)(control_cli.stop)
-app.command(rich_help_panel=OPERATE)(control_cli.resume)
 app.command(rich_help_panel=LOOK)(incident_cli.explain)
 app.command(rich_help_panel=LOOK)(incident_cli.replay)
 
 
-# ---- services
+# ---- operate
+
+
+app.command(rich_help_panel=OPERATE)(costs_cli.costs)
+app.command(rich_help_panel=OPERATE)(durable_cli.runs)
+app.command(rich_help_panel=OPERATE)(durable_cli.work)
+app.command(rich_help_panel=OPERATE)(forward_cli.forward)
+app.command(rich_help_panel=OPERATE)(control_cli.stop)
+app.command(rich_help_panel=OPERATE)(control_cli.resume)
+app.command(rich_help_panel=OPERATE)(monitor_cli.monitor)
+
+
+# ---- this machine
 
 
 @app.command(rich_help_panel=MACHINE)

@@ -14,7 +14,8 @@ import typer
 
 from agentkit.errors import ReleaseError, UsageError
 from agentkit_pipelines import terminal
-from agentkit_pipelines.gate_cli import OK, Trusted
+from agentkit_pipelines.gate_cli import OK
+from agentkit_pipelines.options import Trusted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,9 +27,11 @@ _ENDING = 1_000  # characters of what a run ended with
 # DSPy's marks around the fields of an answer.
 _FIELD = re.compile(r"\s*\[\[ ## (\w+) ## \]\]\s*")
 
+RunId = Annotated[str, typer.Argument(help="run id, or how it begins; `agentkit log` lists runs")]
+
 
 def explain(
-    run_id: Annotated[str, typer.Argument(help="run id, or how it begins; `agentkit log` lists runs")],
+    run_id: RunId,
     html: Annotated[Path | None, typer.Option(help="also write the page to this file")] = None,
 ) -> None:
     """Show what one run did and why: input (redacted), every step, decision and cost, effects, exact release.
@@ -128,6 +131,9 @@ def _cut(text: str, most: int) -> str:
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    from agentkit.runs import REHEARSALS
+    from agentkit_tracking.forwarding import trace_id
+
     phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in record.phases.items())
     rows = [(f"input {name}", str(value)) for name, value in _redacted(record.inputs).items()]
     rows += [(f"output {name}", str(value)) for name, value in _redacted(record.output or {}).items()]
@@ -145,6 +151,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("acted for", " · ".join(x for x in (record.user_hash, record.session) if x) or "nobody in particular"),
         ("as", f"{record.kind}, stage {record.stage}"),
     ]
+    if record.parent is None and record.kind not in REHEARSALS:
+        rows.append(("trace", trace_id(record.run_id)))
     return rows
 
 
@@ -172,7 +180,7 @@ def _result(step: Step) -> Any:
 
 
 def replay(
-    run_id: Annotated[str, typer.Argument(help="run id, or how it begins")],
+    run_id: RunId,
     release: Annotated[
         str | None, typer.Option(help="what to run it with: name/3, name@alias, a release id, FILE.py")
     ] = None,

@@ -140,8 +140,6 @@ def show_run(record: RunRecord) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from agentkit_tracking import traces
-
     out = console()
     table = Table(
         "at, s", "state", "step", "result", title=f"{record.system} · release {(record.release or 'draft')[:12]}"
@@ -162,9 +160,18 @@ def show_run(record: RunRecord) -> None:
         f"route [bold]{record.route}[/bold] · {record.state} · USD {record.usd:.6f} · {record.model_calls} model calls, "
         f"{record.tokens_in} + {record.tokens_out} tokens · {record.seconds:.3f} s ({phases})"
     )
-    trace = traces.log_trace(record)
-    traces.flush()
-    out.print(f"run {record.run_id} · trace {traces.link(record.system, trace)}", soft_wrap=True)
+    out.print(f"run {record.run_id} · {_trace_of(record)}", soft_wrap=True)
+
+
+def _trace_of(record: RunRecord) -> str:
+    from agentkit_tracking import traces
+    from agentkit_tracking.forwarding.background import wanted
+
+    if "mlflow" not in wanted():
+        return "no trace: AGENTKIT_TRACES does not ask for one"
+    if not traces.flush():
+        return "its trace follows once MLflow takes it"
+    return f"trace {traces.link(record.system, traces.trace_id(record.run_id))}"
 
 
 def clip(value: Any) -> str:

@@ -19,6 +19,7 @@ from agentkit_tracking.guard import SCHEME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 _MARKS = (".agentkit", "pyproject.toml", ".git")
 # Read by mlflow at import or at the first request; a server that is not there must be said within seconds.
@@ -105,10 +106,20 @@ def connect() -> MlflowClient:
         UsageError: the server named by MLFLOW_TRACKING_URI does not answer.
     """
     uri = tracking_uri()
-    with _connecting:
-        client = _connect(uri, registry_uri(), str(home()))
+    client = open_stores(uri, registry_uri(), home())
     _use(uri)
     return client
+
+
+def open_stores(uri: str, registry: str, folder: Path) -> MlflowClient:
+    """As `connect`, of stores that are named, and without pointing mlflow's module-level functions there: for a thread
+    beside other people's code.
+
+    Raises:
+        UsageError: the server does not answer.
+    """
+    with _connecting:
+        return _connect(uri, registry, str(folder))
 
 
 _connecting = threading.RLock()
@@ -171,21 +182,28 @@ def _use(uri: str) -> None:
 
 def experiment_id(system: str) -> str:
     """The experiment of a system, created when missing (a race between two creators is settled by the store)."""
+    return str(experiment(connect(), system, tracking_uri(), home()).experiment_id)
+
+
+def experiment(client: MlflowClient, system: str, uri: str, folder: Path) -> Experiment:
+    """The experiment of a system in the store at `uri`, created when missing.
+
+    Raises:
+        UsageError: it is deleted.
+    """
     from mlflow.exceptions import MlflowException
 
-    client = connect()
     found = client.get_experiment_by_name(system)
     if found is None:
-        uri = tracking_uri()
         options: dict[str, Any] = {}
         if uri.startswith("sqlite:"):  # else mlflow would write ./mlruns into the working directory
-            options["artifact_location"] = (home() / "artifacts" / system).as_uri()
+            options["artifact_location"] = (folder / "artifacts" / system).as_uri()
         try:
-            return str(client.create_experiment(system, **options))
+            return client.get_experiment(client.create_experiment(system, **options))
         except MlflowException:
             found = client.get_experiment_by_name(system)
             if found is None:
                 raise
     if found.lifecycle_stage != "active":
         raise UsageError(f"the MLflow experiment {system!r} is deleted; restore it or choose another system name")
-    return str(found.experiment_id)
+    return found
