@@ -85,7 +85,9 @@ class Run:
         self._refusal: Refusal | None = None
         self.asking = threading.RLock()
         self._handing = threading.Lock()
-        self._handed, self._going_on = 0, set[int]()  # how many steps were handed over; those not over yet
+        # How many steps were handed over without a gap, which ones beyond that, and which are not over yet.
+        self._handed, self._handed_early, self._going_on = 0, set[int](), set[int]()
+        self._is_begun = False
         self._is_watched = kind not in REHEARSALS and is_watched()
         self._numbers, self._children = itertools.count(), itertools.count()
         self._plans = self.failures = 0
@@ -305,9 +307,10 @@ class Run:
             The record, and the exception that ended the run (None when DONE). KeyboardInterrupt and SystemExit
             end the run as FAILED, too, and are handed back for the caller to raise.
         """
-        token, result, error = CURRENT.set(self), None, None
-        OPEN.add(id(self))
+        token, result, error = None, None, None
         try:
+            token = CURRENT.set(self)  # within: an interrupt must not leave this run standing for all later ones
+            OPEN.add(id(self))
             self.hand_over()
             self.heed()
             result = work(self)
@@ -319,7 +322,8 @@ class Run:
             if self.state not in (State.DONE, State.FAILED):
                 self.to(State.FAILED, f"{type(error).__name__}: {error}")
         finally:
-            CURRENT.reset(token)
+            if token is not None:
+                CURRENT.reset(token)
             OPEN.discard(id(self))
         return self._finish(result, error), error
 
@@ -391,12 +395,19 @@ class Run:
         if not self._is_watched:
             return
         with self._handing:
-            first = end = self._handed
-            while end < len(self.steps) and id(self.steps[end]) not in self._going_on:
-                end += 1
-            if end > first or first == 0:
-                progress(self, self.steps[first:end], first)
-                self._handed = end
+            later = range(self._handed, len(self.steps))
+            new = [
+                (number, self.steps[number])
+                for number in later
+                if number not in self._handed_early and id(self.steps[number]) not in self._going_on
+            ]
+            if new or not self._is_begun:
+                progress(self, new)
+            self._is_begun = True
+            self._handed_early.update(number for number, _ in new)
+            while self._handed in self._handed_early:
+                self._handed_early.remove(self._handed)
+                self._handed += 1
 
     @property
     def agent(self) -> str | None:

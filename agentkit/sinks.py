@@ -1,8 +1,7 @@
 """Where finished run records go. `agentkit` only hands them over; the stores live in other packages.
 
-A sink is any callable that takes a `RunRecord`. One that has a method `progress(run, steps, first)` is also given runs as they
-happen: when they begin, after each call and before each effect, the steps that are new, the first of which has the number
-`first`. Sinks come from the entry-point group `agentkit.sinks` (the
+A sink is any callable that takes a `RunRecord`. One that has a method `progress(run, steps)` is also given runs as they happen:
+when they begin, after each call and before each effect, the steps that are new, with their places in the record. Sinks come from the entry-point group `agentkit.sinks` (the
 tracking package registers the run log and the MLflow trace there) and from `add_sink`.
 """
 
@@ -59,11 +58,11 @@ def is_watched() -> bool:
     return _through.get() is None and any(hasattr(sink, "progress") for sink in (*_installed(), *_added))
 
 
-def progress(run: Run, steps: Sequence[Step], first: int) -> None:
+def progress(run: Run, steps: Sequence[tuple[int, Step]]) -> None:
     """Hand what is new of a run to every sink that wants it. One that raises stops the run."""
     for sink in (*_installed(), *_added):
         if hasattr(sink, "progress"):
-            sink.progress(run, steps, first)
+            sink.progress(run, steps)
 
 
 @contextmanager

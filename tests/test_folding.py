@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -303,3 +304,77 @@ def test_plain_tools_read_the_files(log: RunLog) -> None:
     frame = pl.read_ndjson(segment).unnest("event")
     assert frame.filter(pl.col("type") == "outcome")["usd"].sum() == 1.5
     assert json.loads(segment.read_bytes().splitlines()[0])["event"]["type"] == "segment"
+
+
+# ---- what a reviewer found
+
+
+@pytest.mark.parametrize("what", ["event", "private", "id", "pipe", "folder", "link", "name"])
+def test_one_bad_file_or_line_stops_nobody(log: RunLog, what: str) -> None:
+    log.append(record("a"))
+    log.append(record("b"))
+    log.close()
+    [path] = log.segments.iterdir()
+    strange = log.segments / ("0" * 20 + ".jsonl")
+    if what in ("event", "private", "id"):
+        made = path.read_bytes().splitlines(keepends=True)
+        rest = made[3][34:-1]
+        rest = {
+            "event": lambda: rest.replace(b'"kind":"run"', b'"kind":run"'),
+            "private": lambda: rest[: rest.index(b'"private":') + 10] + b'{"user_hash" oops}',
+            "id": lambda: rest.replace(path.stem.encode() + b"-3", path.stem.encode() + b"-" + b"9" * 30),
+        }[what]()
+        assert rest != made[3][34:-1]
+        made[3] = b'{"len":%9d,"crc":"%08x",' % (len(rest), zlib.crc32(rest)) + rest + b"\n"
+        path.write_bytes(b"".join(made))
+    elif what == "pipe":
+        os.mkfifo(strange)
+    elif what == "folder":
+        strange.mkdir()
+    elif what == "link":
+        strange.symlink_to("nowhere")
+    else:
+        (log.segments / "a-b.jsonl").write_bytes(path.read_bytes())
+    for _ in range(2):
+        assert "b" in ids(log)
+        assert log.runs().height == 2
+        assert log.sql("SELECT private FROM events").height >= 5
+        folded = log.fold()
+        assert folded is not None
+    assert len(log.sql("SELECT * FROM events")) == (5 if what in ("event", "private", "id") else 6)
+    with log.database.reading() as connection:
+        assert connection is not None
+        found = connection.execute("SELECT fault FROM log.findings").fetchall()
+    assert (("damaged",) in found) == (what in ("event", "private", "id"))
+
+
+def test_a_disk_that_is_full_at_the_first_fold_leaves_no_database_behind(
+    log: RunLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.append(record("a"))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise duckdb.IOException("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "migrate", full)
+        with pytest.raises(UsageError, match=r"cannot be made: No space left on device; events are kept"):
+            log.fold()
+    assert [p.name for p in log.folder.glob("*duckdb*")] == []
+    log.database.path.touch()  # as an earlier version left it
+    assert ids(log) == ["a"]
+    assert log.fold().events == 3  # type: ignore[union-attr]
+    assert ids(log) == ["a"]
+
+
+def test_one_slow_reader_and_a_waiting_writer_do_not_keep_out_other_readers(log: RunLog) -> None:
+    log.append(record("a"))
+    log.fold()
+    waiting = threading.Thread(target=lambda: contextlib.ExitStack().enter_context(log.database.writing(20.0)))
+    with log.connection():
+        waiting.start()
+        time.sleep(0.5)
+        began = time.monotonic()
+        assert RunLog(log.folder).runs().height == 1
+        assert time.monotonic() - began < 10
+    waiting.join()

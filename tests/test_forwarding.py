@@ -78,7 +78,7 @@ def test_rehearsals_are_not_forwarded(log: RunLog, kind: str) -> None:
 
 def test_a_run_under_way_is_forwarded_when_it_has_ended(log: RunLog) -> None:
     record = made()
-    log.progress(record_like(record), record.steps[:3], 0)
+    log.progress(record_like(record), list(enumerate(record.steps[:3])))
     assert forwarded(log).runs == {}
     log.append(record)
     run = forwarded(log).runs[record.run_id]
@@ -113,7 +113,7 @@ def test_what_was_folded_meanwhile_is_forwarded_too(log: RunLog) -> None:
 
 def test_a_run_that_another_process_ended_is_put_together(log: RunLog) -> None:
     record = made()
-    log.progress(record_like(record), record.steps[:4], 0)
+    log.progress(record_like(record), list(enumerate(record.steps[:4])))
     log.close()
     other = RunLog(log.folder)  # took the run up from its journal and noted it whole
     other.append(record)
@@ -354,7 +354,7 @@ def test_runs_that_never_end_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPa
 
 def test_feedback_finds_its_run_whenever_it_was_given(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
     record = made()
-    log.progress(record_like(record), record.steps[:2], 0)
+    log.progress(record_like(record), list(enumerate(record.steps[:2])))
     other = RunLog(log.folder)
     feedback.give(other, record.run_id, "rejected", comment="too slow", by="bob")
     other.close()

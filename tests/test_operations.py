@@ -245,7 +245,7 @@ def test_an_empty_log_is_a_page_without_rows(log: RunLog) -> None:
 
 def test_runs_under_way_are_not_counted_as_any_outcome(log: RunLog) -> None:
     log.append(run("1"))
-    log.progress(run("2"), [tool()], 0)
+    log.progress(run("2"), [(0, tool())])
     page = look(log)
     assert (page.runs, page.unfinished, page.rates.filter(pl.col("figure") == "success")["n"].item()) == (1, 1, 1)
 

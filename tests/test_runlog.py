@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import os
 import signal
@@ -391,3 +392,108 @@ def test_feedback_that_cannot_be_is_refused(log: RunLog, given: dict[str, Any], 
     with pytest.raises(UsageError, match=said):
         feedback.give(log, **{"run_id": "r1", **given})
     assert log.feedback().is_empty()
+
+
+# ---- what a reviewer found
+
+
+def test_calls_that_are_over_are_kept_while_one_beside_them_goes_on(own_home: Path) -> None:
+    seen: list[int] = []
+
+    @ak.tool
+    def slow(n: int) -> str:
+        """Read for a while."""
+        while not seen:
+            threading.Event().wait(0.01)
+        return "read"
+
+    @ak.tool(permission="write", idempotent=True)
+    def pay(amount: int) -> str:
+        """Pay a sum of money back."""
+        return "paid"
+
+    def work(amount: int) -> str:
+        run = current_run()
+        beside = threading.Thread(target=contextvars.copy_context().run, args=(lambda: run.call(slow, n=1),))
+        beside.start()
+        for n in range(3):
+            run.call(pay, amount=n)
+        seen.append(RunLog().sql("SELECT count(*) FROM steps WHERE kind = 'tool' AND name = 'pay'").item())
+        beside.join()
+        return "done"
+
+    record = ak.adopt(work, name="beside", tools=[slow, pay]).run(amount=1)
+    assert (record.state, seen) == ("DONE", [3])
+    numbers = RunLog().steps(record.run_id)["step"].to_list()
+    assert numbers == sorted(set(numbers)) == list(range(1, len(record.steps) + 1))
+
+
+def test_a_run_goes_on_in_the_log_it_began_in(own_home: Path, tmp_path: Path) -> None:
+    before = Path.cwd()
+
+    def work(text: str) -> str:
+        os.chdir(tmp_path)
+        return text
+
+    try:
+        ak.adopt(work, name="walks").run(text="a")
+    finally:
+        os.chdir(before)
+    assert RunLog().sql(
+        "SELECT type, count(*) FROM events WHERE type IN ('run', 'outcome') GROUP BY 1 ORDER BY 1"
+    ).rows() == [
+        ("outcome", 1),
+        ("run", 1),
+    ]
+    assert RunLog().sql("SELECT max(n) FROM (SELECT count(*) AS n FROM steps GROUP BY run_id, step)").item() == 1
+
+
+def test_names_that_may_be_a_persons_words_are_private(log: RunLog) -> None:
+    named = "refund for Alice Miller, now"
+    log.append(record("r1", route="Kunde Anna Müller", steps=[Step("decision", named, "PLANNING", 0.0, outputs=1)]))
+    content = [json.loads(line)["event"] for p in log.segments.iterdir() for line in p.read_bytes().splitlines()]
+    assert "Alice" not in str(content)
+    assert "Anna" not in str(content)
+    assert log.steps("r1")["name"].item() == named
+    assert log.find("r1").route == "Kunde Anna Müller"
+    assert log.sql("SELECT route FROM outcomes").item() == "other"
+
+
+def test_threads_that_share_a_rolling_segment_meet_no_error(tmp_path: Path) -> None:
+    log, faults = RunLog(tmp_path / "log"), []
+    log._own().roll_bytes = 20_000
+
+    def write(n: int) -> None:
+        try:
+            for i in range(60):
+                log.append(record(f"{n}-{i}"))
+        except BaseException as e:
+            faults.append(e)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert len(finished(log)) == 480
+
+
+@pytest.mark.parametrize("depth", [200, 252, 253, 254, 255, 400])
+def test_any_depth_of_nesting_is_kept(log: RunLog, depth: int) -> None:
+    value: Any = "deep"
+    for _ in range(depth):
+        value = [value]
+    log.append(record("r1", output={"value": value}))
+    assert log.sql("SELECT count(*) FROM runs WHERE output IS NOT NULL").item() == 1
+
+
+def test_more_segments_than_files_may_be_open_can_be_read(log: RunLog) -> None:
+    for i in range(120):
+        log.append(record(f"{i:03}"))
+        log.close()
+    script = (
+        "import resource, sys; from pathlib import Path; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64));"
+        "from agentkit_tracking.runlog import RunLog; print(len(RunLog(Path(sys.argv[1])).runs()))"
+    )
+    assert python(script, log.folder) == "120\n"

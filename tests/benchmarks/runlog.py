@@ -140,7 +140,7 @@ def span_costs(folder: Path, count: int = 5_000) -> tuple[float, float]:
 
     def ours(i: int) -> None:
         step = Step("tool", "order_status", "EXECUTING", 0.1, 0.2, "billing", inputs, outputs, tries=1)
-        log.progress(run, [step], i)
+        log.progress(run, [(i, step)])
 
     provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(Nowhere(), max_queue_size=100_000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,9 @@ COLUMNS = {
     "rating": "DOUBLE",
 }
 STEPS = ("transition", "model", "tool", "approval", "decision", "handoff")
+OTHER = "other"  # stands for a name that may be a person's words; these are private
+# Names as code gives them, and those that agentkit makes of them.
+_NAME = re.compile(r"(?:tier of |agent |edge )?[\w./:-]{1,64}(?: → [\w./:-]{1,64})?|not allowed")
 _PHASES = ("planning", "execution", "reflection")
 _TIER = "tier of "
 _REFUSALS = frozenset(
@@ -96,7 +100,7 @@ def stepped(run: Any, step: Step, number: int, keep: Callable[[Any], Any]) -> Ev
         "agent": step.agent,
         "state": step.state,
         "step": number + 1,
-        "name": step.name,
+        "name": step.name if _NAME.fullmatch(step.name) else OTHER,
         "started": step.started,
         "seconds": step.seconds,
     }
@@ -118,6 +122,8 @@ def stepped(run: Any, step: Step, number: int, keep: Callable[[Any], Any]) -> Ev
         for name, value in (("inputs", step.inputs), ("outputs", step.outputs), ("error", step.error))
         if value is not None
     }
+    if event["name"] == OTHER:
+        private["name"] = step.name
     return event, keep(private) if private else private
 
 
@@ -130,7 +136,7 @@ def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
         started_at=record.started_at,
         seconds=record.seconds,
         error_type=None if record.error is None else _error_type(record.error),
-        route=record.route,
+        route=record.route if record.route is None or _NAME.fullmatch(record.route) else OTHER,
         waited_s=record.waited_s,
         model_calls=record.model_calls,
         tool_calls=record.tool_calls,
@@ -150,6 +156,7 @@ def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
             name: value
             for name, value in (
                 ("inputs", record.inputs),
+                ("route", record.route if event.get("route") == OTHER else None),
                 ("output", record.output),
                 ("error", record.error),
                 ("effects", record.effects or None),
@@ -162,16 +169,15 @@ def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
     return event, _whose(record, private)
 
 
-def finished(record: RunRecord, known: int | None, keep: Callable[[Any], Any]) -> list[Event]:
-    """What has not been kept yet of a finished run: of one that has been, all but its first `known` steps.
+def finished(record: RunRecord, known: set[int] | None, keep: Callable[[Any], Any]) -> list[Event]:
+    """What has not been kept yet of a finished run: of one that has been kept as it happened, all but the steps `known`.
 
     Steps of runs that it called are kept with those runs.
     """
-    first = known or 0
     steps = [
         stepped(record, step, number, keep)
-        for number, step in enumerate(record.steps[first:], first)
-        if step.run is None
+        for number, step in enumerate(record.steps)
+        if step.run is None and number not in (known or ())
     ]
     return [*([began(record, keep)] if known is None else []), *steps, ended(record, keep)]
 
@@ -214,7 +220,7 @@ def _result(step: Step) -> str | None:
     if step.kind == "decision" and step.name.startswith(_TIER):
         return str(step.outputs)
     if step.kind == "decision" and step.name == "route":
-        return str(step.outputs)[:64]
+        return str(step.outputs) if _NAME.fullmatch(str(step.outputs)) else OTHER
     if step.kind == "handoff":
         return str(step.outputs)  # the run that the work was handed to
     if step.kind in ("model", "tool"):

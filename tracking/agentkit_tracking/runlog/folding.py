@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from agentkit_tracking.runlog import legacy
 from agentkit_tracking.runlog.database import Database, LogBusy, lease, transaction
@@ -31,7 +31,9 @@ from agentkit_tracking.runlog.segments import (
     Finding,
     Places,
     is_live,
+    number,
     scan,
+    segment_files,
 )
 
 if TYPE_CHECKING:
@@ -46,14 +48,17 @@ _ROWS = 16_384  # of an Arrow batch: DuckDB gives each to a thread
 _CLOSED = b'"type":"segment","name":"closed"'
 _TYPES = json.dumps(COLUMNS)
 
+_GOOD = (
+    "json_valid(event) AND json_valid(private)"  # else one line that agentkit has not written would spoil every query
+)
 # From lines of segments, as `as_table` gives them, to rows of `events`.
 ROWS = f"""
-    SELECT segment, split_part(left(event, 64), '"', 4).split_part('-', 2)::BIGINT AS n,
+    SELECT segment, TRY_CAST(split_part(left(event, 64), '"', 4).split_part('-', 2) AS BIGINT) AS n,
         unnest(json_transform(event, '{_TYPES}')),
         CASE WHEN contains(private, '"user_hash"') THEN private->>'user_hash' END AS user_hash,
         CASE WHEN contains(private, '"session"') THEN private->>'session' END AS session,
         event, CASE WHEN rtrim(private) <> 'null' THEN private END AS private, salt, hash
-    FROM lines
+    FROM lines WHERE {_GOOD}
 """
 
 
@@ -147,19 +152,28 @@ class Part:
 def _batches(folder: Path, known: dict[str, Position]) -> Iterator[list[Part]]:
     batch: list[Part] = []
     size = 0
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
-        for part in parts(path, known.get(path.stem) or Position(path.stem)):
-            batch.append(part)
-            size += len(part.places[0])
-            if size >= BATCH:
-                yield batch
-                batch, size = [], 0
+    for path in segment_files(folder):
+        with suppress(SegmentGone):
+            for part in parts(path, known.get(path.stem) or Position(path.stem)):
+                batch.append(part)
+                size += len(part.places[0])
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
     if batch:
         yield batch
 
 
-def parts(path: Path, position: Position, *, check: bool = True, file: BinaryIO | None = None) -> Iterator[Part]:
-    """What a segment (open already as `file`, perhaps) holds beyond a position, in stretches."""
+class SegmentGone(Exception):
+    """A segment was folded and removed by another process just now."""
+
+
+def parts(path: Path, position: Position, *, check: bool = True) -> Iterator[Part]:
+    """What a segment holds beyond a position, in stretches.
+
+    Raises:
+        SegmentGone: it is not there any more.
+    """
     if position.state != "open":
         # It was folded whole; the process that did has died before it could remove the file.
         yield Part(position, b"", ([], [], []), [])
@@ -168,9 +182,9 @@ def parts(path: Path, position: Position, *, check: bool = True, file: BinaryIO 
     age_s = time.time() - _changed(path)
     chain = Chain(position.n, position.hash.encode())
     try:
-        opened = file or open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        return
+        opened = path.open("rb")
+    except FileNotFoundError as e:
+        raise SegmentGone(path) from e
     with opened:
         opened.seek(position.next_byte)
         rest, start = b"", position.next_byte
@@ -180,7 +194,7 @@ def parts(path: Path, position: Position, *, check: bool = True, file: BinaryIO 
             end = content.rfind(b"\n") + 1
             rest, content = content[end:], content[:end]
             is_first = start == 0
-            places, findings = scan(content, start, chain, check=check)
+            places, findings = scan(content, start, chain, check=check, segment=path.stem)
             if not _is_text(content):
                 places = _only_text(content, start, places, findings)
             starts, _, ends = places
@@ -226,8 +240,11 @@ def _changed(path: Path) -> float:
 
 
 def _opened(line: bytes) -> tuple[str | None, int | None]:
-    first = json.loads(line)["event"]
-    return first.get("host"), first.get("pid")
+    try:
+        first = json.loads(line)["event"]
+        return str(first["host"]), int(first["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None, None
 
 
 def as_table(parts: list[Part]) -> pa.Table:
@@ -282,6 +299,7 @@ def _store(connection: duckdb.DuckDBPyConnection, batch: list[Part], appends_onl
     connection.register("lines", as_table(batch))
     columns = "segment, n, " + ", ".join(COLUMNS) + ", user_hash, session, event, private, salt, hash"
     connection.execute(f"INSERT INTO log.events ({columns}) {ROWS}")
+    bad = connection.execute(f"SELECT segment, left(event, 60) FROM lines WHERE NOT ({_GOOD})").fetchall()
     connection.unregister("lines")
     latest = {part.after.segment: part.after for part in batch}
     now = datetime.now(UTC)
@@ -292,9 +310,17 @@ def _store(connection: duckdb.DuckDBPyConnection, batch: list[Part], appends_onl
         [[p.segment, p.state, p.host, p.pid, p.next_byte, p.n, p.hash, p.torn_bytes, now] for p in latest.values()],
     )
     found = [[part.after.segment, f.offset, f.n, f.fault, f.why, now] for part in batch for f in part.findings]
+    found += [[segment, None, _number_in(text), "damaged", "it is no JSON", now] for segment, text in bad]
     if found:
         connection.executemany("INSERT INTO log.findings VALUES (?, ?, ?, ?, ?, ?)", found)
     _sign(connection, [(p.segment, p.n, p.hash) for p in latest.values() if p.n >= 0])
+
+
+def _number_in(event: str) -> int | None:
+    try:
+        return number(event.encode())
+    except ValueError:
+        return None
 
 
 def _sign(connection: duckdb.DuckDBPyConnection, ends: list[tuple[str, int, str]]) -> None:

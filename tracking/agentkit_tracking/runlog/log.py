@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 SYNC_ENV = "AGENTKIT_LOG_SYNC"
 _SYNCS = ("run", "step", "off")
-_FOLD_FROM = 64 << 20  # bytes of segments beyond which a reader folds first, unless somebody is at it
+# Bytes and number of segments beyond which a reader folds first, unless somebody is at it.
+_FOLD_FROM, _FOLD_FROM_FILES = 64 << 20, 200
 
 
 class RunLog:
@@ -45,7 +46,7 @@ class RunLog:
         self.database = open_database(self.folder)
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._segment: Segment | None = None  # of the process `_pid`
-        self._known: dict[str, int] = {}  # runs under way: how many of their steps are kept
+        self._known: dict[str, set[int]] = {}  # runs under way: which of their steps are kept
 
     @property
     def segments(self) -> Path:
@@ -66,21 +67,17 @@ class RunLog:
         if self._sync != "off" and record.kind not in REHEARSALS:
             self._own().sync()
 
-    def progress(self, run: Any, steps: Sequence[Step], first: int) -> None:
-        """Keep the steps of a run under way, the first of which has the number `first`; the first time also that it began.
+    def progress(self, run: Any, steps: Sequence[tuple[int, Step]]) -> None:
+        """Keep steps of a run under way, with their places in its record; the first time also that it began.
 
         Raises:
             LogUnwritable: none of them was written.
         """
         new = [] if run.run_id in self._known else [events.began(run, self._keep)]
-        new += [
-            events.stepped(run, step, number, self._keep)
-            for number, step in enumerate(steps, first)
-            if step.run is None
-        ]
+        new += [events.stepped(run, step, number, self._keep) for number, step in steps if step.run is None]
         if new:
             self._write(new)
-        self._known[run.run_id] = first + len(steps)
+        self._known.setdefault(run.run_id, set()).update(number for number, _ in steps)
         if self._sync == "step":
             self._own().sync()
 
@@ -147,34 +144,41 @@ class RunLog:
         """
         from agentkit_tracking.runlog import reading
 
-        if self._unfolded_bytes() > _FOLD_FROM:
+        if self._has_much_unfolded():
             self.fold()
         with reading.connection(self) as connection:
             yield connection
 
-    def _unfolded_bytes(self) -> int:
+    def _has_much_unfolded(self) -> bool:
         try:
-            return sum(entry.stat().st_size for entry in os.scandir(self.segments) if entry.name.endswith(SUFFIX))
+            with os.scandir(self.segments) as entries:
+                sizes = [e.stat(follow_symlinks=False).st_size for e in entries if e.name.endswith(SUFFIX)]
         except OSError:
-            return 0
+            return False
+        return sum(sizes) > _FOLD_FROM or len(sizes) > _FOLD_FROM_FILES
 
     def sql(self, query: str, parameters: list[Any] | None = None) -> pl.DataFrame:
         """Query the views `runs`, `steps`, `outcomes`, `feedback` and `events` with DuckDB SQL; tracking/RUNLOG.md has columns.
 
+        One statement that reads, and only the log: no other file, no setting, no `COPY … TO`. `connection` has no such limits.
+
         Raises:
-            UsageError: DuckDB refuses the query; its message is passed on.
+            UsageError: it does something else, or DuckDB refuses it; its message is passed on.
         """
         import duckdb
 
+        from agentkit_tracking.runlog import asking
+
         with self.connection() as connection:
             try:
-                answer = connection.sql(query, params=parameters)
-                if answer is None:
-                    raise UsageError("the query is empty; ask e.g. SELECT route, count(*) FROM runs GROUP BY route")
-                frame: pl.DataFrame = answer.pl()
+                asking.check(connection, query)
+                if not self.database.is_shared:  # a lake is read over the network
+                    asking.confine(connection, self.folder)
+                return asking.frame(connection.sql(query, params=parameters))
+            except duckdb.PermissionException as e:
+                raise UsageError(f"{asking.ONLY_READING}: {e}") from e
             except duckdb.Error as e:
                 raise UsageError(f"the run log cannot answer this query: {e}") from e
-        return frame
 
     def runs(self, limit: int | None = None) -> pl.DataFrame:
         """Runs, newest first; those under way (or broken off) included."""
@@ -205,7 +209,7 @@ class RunLog:
 
         with self.connection() as connection:
             found = connection.execute(
-                "SELECT run_id FROM runs WHERE starts_with(run_id, ?) ORDER BY run_id LIMIT 3", [run_id]
+                "SELECT DISTINCT run_id FROM runs WHERE starts_with(run_id, ?) ORDER BY run_id LIMIT 3", [run_id]
             ).fetchall()
             if len(found) != 1:
                 several = ", ".join(row[0] for row in found)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agentkit_tracking.runlog.database import one, quoted
 from agentkit_tracking.runlog.events import COLUMNS, STEPS
-from agentkit_tracking.runlog.folding import ROWS, Position, as_table, parts, positions
-from agentkit_tracking.runlog.segments import SUFFIX
+from agentkit_tracking.runlog.folding import ROWS, Position, SegmentGone, as_table, parts, positions
+from agentkit_tracking.runlog.segments import segment_files
 
 if TYPE_CHECKING:
     import duckdb
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _STEPS = ", ".join(quoted(kind) for kind in STEPS)
 _NAMES = ", ".join(COLUMNS)
+_TRIES = 5  # to read while somebody folds into a database that is new, or a lake
 _WHOLE = f"segment, n, {_NAMES}, user_hash, session, event, private, salt, hash"
 _VIEWS = (
     # One row an event. `private` is what people wrote; null once it was erased.
@@ -30,7 +31,7 @@ _VIEWS = (
         effects, failed_calls, approvals, refusals, is_degraded, budget_used, user_hash, session, logged_at AS ended_at
     FROM every_event WHERE type = 'outcome'""",
     # One row a run, those under way (RUNNING) or broken off (INTERRUPTED) included.
-    """CREATE VIEW runs AS SELECT run_id, system, release, kind, started_at, seconds, state, route,
+    """CREATE VIEW runs AS SELECT run_id, system, release, kind, started_at, seconds, state, coalesce(private->>'route', route) AS route,
         private->'inputs' AS inputs, private->'output' AS output, private->>'error' AS error,
         coalesce(private->'effects', '[]'::JSON) AS effects,
         {planning: planning_s, execution: execution_s, reflection: reflection_s} AS phases,
@@ -44,9 +45,10 @@ _VIEWS = (
         0.0 AS seconds, 0.0 AS waited_s, 0 AS model_calls, 0 AS tool_calls, 0 AS tokens_in, 0 AS tokens_out, 0.0 AS usd,
         '[]'::JSON AS effects, b.parent, b.user_hash, b.session, b.stage
     FROM every_event b LEFT JOIN segment_states s ON s.segment = b.segment
-    WHERE b.type = 'run' AND b.run_id NOT IN (SELECT run_id FROM every_event WHERE type = 'outcome')""",
+    WHERE b.type = 'run'
+        AND NOT EXISTS (SELECT 1 FROM every_event o WHERE o.type = 'outcome' AND o.run_id = b.run_id)""",
     # One row a step. Those of a run that another called are that run's.
-    f"""CREATE VIEW steps AS SELECT run_id, system, release, step, type AS kind, name, state, started, seconds, agent,
+    f"""CREATE VIEW steps AS SELECT run_id, system, release, step, type AS kind, coalesce(private->>'name', name) AS name, state, started, seconds, agent,
         private->'inputs' AS inputs, private->'outputs' AS outputs, model, coalesce(tokens_in, 0) AS tokens_in,
         coalesce(tokens_out, 0) AS tokens_out, CASE WHEN model IS NULL THEN coalesce(usd, 0) ELSE usd END AS usd,
         private->>'error' AS error, coalesce(cached, false) AS cached, coalesce(tries, 0) AS tries, result, error_type,
@@ -64,39 +66,49 @@ def connection(log: RunLog) -> Iterator[duckdb.DuckDBPyConnection]:
     """A connection with all views."""
     import duckdb
 
-    with ExitStack() as stack:
-        # Segments first, then how far they are folded: what is folded and removed in between is read from where it is now.
-        segments = _held_open(log.segments, stack)
-        opened = stack.enter_context(log.database.reading())
-        if opened is None:
-            opened = stack.enter_context(duckdb.connect())
-            opened.execute("SET TimeZone = 'UTC'")
-            folded: dict[str, Position] = {}
-        else:
-            folded = positions(opened)
-        fresh = [
-            part
-            for path, file in segments
-            for part in parts(path, folded.get(path.stem) or Position(path.stem), check=False, file=file)
-        ]
-        opened.register("lines", as_table(fresh))
-        opened.execute(f"CREATE TEMP TABLE fresh AS {ROWS}")
-        opened.unregister("lines")
-        latest = {**folded, **{part.after.segment: part.after for part in fresh}}
-        opened.execute("CREATE TEMP TABLE segment_states (segment VARCHAR, state VARCHAR)")
-        if latest:
-            opened.execute(
-                "INSERT INTO segment_states SELECT unnest(?), unnest(?)",
-                [list(latest), [position.state for position in latest.values()]],
-            )
-        sources = [f"SELECT {_WHOLE} FROM fresh"]
-        if folded or _has_events(opened):
-            sources.append(f"SELECT {_WHOLE} FROM log.events")
-            sources += _archived(opened, log.folder)
-        opened.execute(f"CREATE VIEW every_event AS {' UNION ALL BY NAME '.join(sources)}")
-        for view in _VIEWS:
-            opened.execute(view)
-        yield opened
+    for tried in range(1, _TRIES + 1):
+        with ExitStack() as stack:
+            opened = stack.enter_context(log.database.reading())
+            if opened is None:
+                opened = stack.enter_context(duckdb.connect())
+                opened.execute("SET TimeZone = 'UTC'")
+            try:
+                _prepare(log, opened)
+            except SegmentGone:  # folded meanwhile, into a database that was not there or is seen as of before
+                if tried == _TRIES:
+                    raise
+                continue
+            yield opened
+            return
+
+
+def _prepare(log: RunLog, opened: duckdb.DuckDBPyConnection) -> None:
+    """Read what is fresh, and make the views."""
+    has_events = _has_events(opened)
+    # How far segments are folded first, then the segments: while a reader is in the room nobody folds.
+    folded = positions(opened) if has_events else {}
+    fresh = [
+        part
+        for path in segment_files(log.segments)
+        for part in parts(path, folded.get(path.stem) or Position(path.stem), check=False)
+    ]
+    opened.register("lines", as_table(fresh))
+    opened.execute(f"CREATE TEMP TABLE fresh AS {ROWS}")
+    opened.unregister("lines")
+    latest = {**folded, **{part.after.segment: part.after for part in fresh}}
+    opened.execute("CREATE TEMP TABLE segment_states (segment VARCHAR, state VARCHAR)")
+    if latest:
+        opened.execute(
+            "INSERT INTO segment_states SELECT unnest(?), unnest(?)",
+            [list(latest), [position.state for position in latest.values()]],
+        )
+    sources = [f"SELECT {_WHOLE} FROM fresh"]
+    if has_events:
+        sources.append(f"SELECT {_WHOLE} FROM log.events")
+        sources += _archived(opened, log.folder)
+    opened.execute(f"CREATE VIEW every_event AS {' UNION ALL BY NAME '.join(sources)}")
+    for view in _VIEWS:
+        opened.execute(view)
 
 
 def _has_events(connection: duckdb.DuckDBPyConnection) -> bool:
@@ -110,14 +122,3 @@ def _archived(connection: duckdb.DuckDBPyConnection, folder: Path) -> list[str]:
         return []
     paths = ", ".join(quoted(folder / file) for file in files)
     return [f"SELECT {_WHOLE} FROM read_parquet([{paths}], union_by_name = true, hive_partitioning = false)"]
-
-
-def _held_open(folder: Path, stack: ExitStack) -> list[tuple[Path, Any]]:
-    """Every segment with an open file: it can be read even if it is removed meanwhile."""
-    found = []
-    for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
-        try:
-            found.append((path, stack.enter_context(path.open("rb"))))
-        except FileNotFoundError:
-            continue
-    return found

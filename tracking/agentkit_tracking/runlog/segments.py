@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import threading
 import time
 import zlib
@@ -34,10 +35,12 @@ SUFFIX = ".jsonl"
 FORMAT = 1
 START = "0" * 64  # the hash before the first event
 ERASED_SALT = b"0" * 32
+_DEEPEST = 200  # levels of nesting; orjson takes 254
 # Where the parts of a line stand.
 _HEAD = 34
 HASH, SALT, EVENT = slice(42, 106), slice(116, 148), 158
 PRIVATE = b',"private":'
+_NAME = re.compile(r"[0-9a-f]{20}\.jsonl")
 _SALTS = 16 * 256  # random bytes fetched at once; asking the system for each event costs as much as the hash
 
 Event = tuple[dict[str, Any], dict[str, Any]]  # what happened, and what of it is private
@@ -114,18 +117,24 @@ class Segment:
         Raises:
             LogUnwritable: the disk did not take it; the next `append` goes to another file.
         """
-        size, fd = self._size, self._fd
+        own, size = self.id, self._size
         with self._syncing:
-            if fd is None or fd != self._fd or self._synced >= size:
-                return  # a file that was closed was synced before
-            size = self._size
+            with self._lock:  # else another thread could close the file, whose number the next may have
+                if self._fd is None or self.id != own or self._synced >= size:
+                    return  # a file that was closed was synced before
+                fd, size = os.dup(self._fd), self._size
             try:
                 os.fdatasync(fd)
             except OSError as e:
                 with self._lock:
-                    self._abandon()
+                    if self.id == own:
+                        self._abandon()
                 raise _unwritable(self.folder, e) from e
-            self._synced = size
+            finally:
+                os.close(fd)
+            with self._lock:
+                if self.id == own:
+                    self._synced = max(self._synced, size)
 
     def close(self) -> None:
         """Write that it is closed, and close it; the next `append` opens another."""
@@ -205,21 +214,23 @@ def _line(digest: bytes, salt: bytes, what: bytes, hidden: bytes) -> bytes:
 def _dumps(value: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(value, default=str)
-    except orjson.JSONEncodeError:
+    except (orjson.JSONEncodeError, TypeError):
         # A lone surrogate or an integer past 64 bits must not lose the audit record.
         return orjson.dumps(encodable(value), default=str)
 
 
-def encodable(value: Any) -> Any:
-    """The value as JSON can hold it; text that is no valid Unicode is repaired."""
+def encodable(value: Any, depth: int = 0) -> Any:
+    """The value as JSON can hold it; text that is no valid Unicode is repaired, what is nested too deep becomes text."""
+    if depth > _DEEPEST:
+        return "…" if isinstance(value, dict | list | tuple) else str(value)
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 63:
         return str(value)
     if isinstance(value, dict):
-        return {encodable(str(k)): encodable(v) for k, v in value.items()}
+        return {encodable(str(k)): encodable(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [encodable(v) for v in value]
+        return [encodable(v, depth + 1) for v in value]
     return value
 
 
@@ -313,7 +324,9 @@ def number(event: bytes) -> int:
 Places = tuple[list[int], list[int], list[int]]  # where lines begin, where their `PRIVATE` begins, where they end
 
 
-def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[Places, list[Finding]]:
+def scan(
+    content: bytes, offset: int, chain: Chain, *, check: bool, segment: str | None = None
+) -> tuple[Places, list[Finding]]:
     """Where the good lines in `content` are, and what is wrong; as `lines` and `Chain`, for many at once.
 
     Private parts are not compared with their hashes: that is for whoever verifies.
@@ -321,17 +334,22 @@ def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[Pla
     Args:
         content: whole lines, which stand at `offset` in their file.
         check: whether hashes are to follow from each other.
+        segment: whose id every event must have.
     """
     starts: list[int] = []
     splits: list[int] = []
     ends: list[int] = []
     findings: list[Finding] = []
     find, crc32, sha256, view = content.find, zlib.crc32, hashlib.sha256, memoryview(content)
+    identity = b'{"id":"' + (b"" if segment is None else segment.encode() + b"-")
     digest, n, start, follows = chain.digest, chain.n, 0, not chain.has_gap
     while (end := find(b"\n", start)) >= 0:
         split = find(PRIVATE, start + EVENT, end)
         body = start + _HEAD
-        if split > 0 and content[start:body] == b'{"len":%9d,"crc":"%08x",' % (end - body, crc32(view[body:end])):
+        if split > 0 and not _is_id(content, start + EVENT, identity):
+            findings.append(Finding(offset + start, None, "damaged", "its id is not one of this segment"))
+            follows = False
+        elif split > 0 and content[start:body] == b'{"len":%9d,"crc":"%08x",' % (end - body, crc32(view[body:end])):
             before, digest = digest, content[start + 42 : start + 106]
             if check and follows and sha256(before + view[start + EVENT : split]).hexdigest().encode() != digest:
                 findings.append(_unlike(content[start + EVENT : split], offset + start, n))
@@ -351,6 +369,17 @@ def scan(content: bytes, offset: int, chain: Chain, *, check: bool) -> tuple[Pla
         start = end + 1
     chain.n, chain.digest, chain.has_gap = n, digest, not follows
     return (starts, splits, ends), findings
+
+
+def _is_id(content: bytes, place: int, identity: bytes) -> bool:
+    """Whether an event begins with its id: segment, dash, a number of at most 18 digits."""
+    if not content.startswith(identity, place):
+        return False
+    if identity[-1:] != b"-":
+        return True
+    begin = place + len(identity)
+    digits = content[begin : content.find(b'"', begin, begin + 20)]
+    return digits.isdigit() and len(digits) <= 18
 
 
 def _numbered(event: bytes, before: int) -> int:
@@ -396,6 +425,16 @@ class Chain:
 
 def _sha256(content: bytes) -> bytes:
     return hashlib.sha256(content).hexdigest().encode()
+
+
+def segment_files(folder: Path) -> list[Path]:
+    """The segments in a folder, oldest first: regular files of such names only, whatever else lies there."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [e.path for e in entries if _NAME.fullmatch(e.name) and e.is_file(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    return sorted(map(Path, found))
 
 
 def is_live(path: Path) -> bool:
