@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from agentkit_pipelines import terminal
 from agentkit_pipelines.incident_cli import RunId
+
+if TYPE_CHECKING:
+    import polars as pl
 
 log_app = typer.Typer(
     help="The run log: every run, step, cost and piece of feedback, in one tamper-evident place. Without a command: the last runs.\n\n"
@@ -19,6 +23,7 @@ log_app = typer.Typer(
     invoke_without_command=True,
 )
 READ, KEEP = "Read", "Keep"
+_MANY = 1_000_000
 _RECENT = (
     "SELECT started_at, system, left(release, 12) AS release, kind, route, state, round(seconds, 3) AS seconds, usd, run_id "
     "FROM runs ORDER BY started_at DESC LIMIT {limit}"
@@ -28,11 +33,11 @@ _RECENT = (
 @log_app.callback()
 def recent(
     context: typer.Context,
-    limit: Annotated[int, typer.Option(min=1, help="how many of the last runs, without a command")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=_MANY, help="how many of the last runs, without a command")] = 20,
 ) -> None:
     """List the last runs, those under way included."""
     if context.invoked_subcommand is None:
-        _show(_RECENT.format(limit=limit))
+        _print_table(_asked(_RECENT.format(limit=limit)))
 
 
 @log_app.command(rich_help_panel=READ)
@@ -45,29 +50,61 @@ def query(
     A run's figures include those of the runs it called: sum over `parent IS NULL`. `outcomes` has finished runs only
     and no text, so it is the fast one for figures; `runs` also has inputs, outputs and runs under way.
 
+    It reads, and nothing else. Rows that are too wide for the terminal are shown as blocks, a value a line.
+
     Days: `WHERE started_at > now() - INTERVAL 7 DAY`. Text: `inputs->>'ticket'`.
     """
-    _show(sql, as_json=as_json)
-
-
-def _show(sql: str, *, as_json: bool = False) -> None:
-    from rich.table import Table
-
-    from agentkit_tracking.runlog import RunLog
-
-    frame = RunLog().sql(sql)
+    frame = _asked(sql)
     if as_json:
         for named in frame.iter_rows(named=True):
-            print(json.dumps(named, ensure_ascii=False, default=str))
+            print(json.dumps(named, ensure_ascii=False, default=_plain))
+    else:
+        _print_table(frame, may_be_blocks=True)
+
+
+def _asked(sql: str) -> pl.DataFrame:
+    from agentkit_tracking.runlog import RunLog
+
+    return RunLog().sql(sql)
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON: decimals, which sums of whole numbers are, as numbers, what JSON has no word for as text."""
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    return str(value)
+
+
+def _print_table(frame: pl.DataFrame, *, may_be_blocks: bool = False) -> None:
+    """Rows as a table, or, where not even the longest words fit beside each other, each as a block of lines `name  value`."""
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    out = terminal.console()
+    names = [_cell(name) for name in frame.columns]
+    rows = [[_cell(value) for value in row] for row in frame.iter_rows()]
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*row)
+    wide = Measurement.get(out, out.options.update(max_width=100_000), table).minimum > out.width
+    if not (may_be_blocks and wide and rows):
+        out.print(table)
         return
-    table = Table(*frame.columns)
-    for row in frame.iter_rows():
-        table.add_row(*(_cell(value) for value in row))
-    terminal.console().print(table)
+    for number, row in enumerate(rows, 1):
+        block = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=f"row {number}", title_justify="left")
+        for name, cell in zip(names, row, strict=True):
+            block.add_row(f"[dim]{name}[/dim]", cell)
+        out.print(block)
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, int | float):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Decimal):
+        value = _plain(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
@@ -78,7 +115,7 @@ def _cell(value: Any) -> str:
 
 @log_app.command(rich_help_panel=READ)
 def tail(
-    n: Annotated[int, typer.Option("-n", min=0, help="how many of the last events first")] = 20,
+    n: Annotated[int, typer.Option("-n", min=0, max=_MANY, help="how many of the last events first")] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with new ones, until Ctrl-C")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON object a line, uncut")] = False,
 ) -> None:
@@ -165,6 +202,8 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="replace the file if it is there")] = False,
 ) -> None:
     """Write a whole view to a file, whole or not at all. For a part of it: `query --json`, or DuckDB itself (tracking/RUNLOG.md).
+
+    CSV holds texts as they are: a spreadsheet may take one that begins with =, +, - or @ for a formula.
 
     It is a copy: what is erased from the log later stays in it.
     """

@@ -15,14 +15,19 @@ if TYPE_CHECKING:
     from agentkit_tracking.runlog.retention import Kept
 
 NOT_WHOLE = 3
+_DAYS = 36_500  # a hundred years
 _SHOWN = 50  # faults in a terminal
 
-OlderThan = Annotated[int, typer.Option("--older-than", min=0, help="days (UTC) that stay as they are, beside today")]
+OlderThan = Annotated[
+    int, typer.Option("--older-than", min=0, max=_DAYS, help="days (UTC) that stay as they are, beside today")
+]
 
 
 @log_app.command(rich_help_panel=KEEP)
 def fold(
-    every: Annotated[float | None, typer.Option(min=0.1, help="fold again every so many seconds, until Ctrl-C")] = None,
+    every: Annotated[
+        float | None, typer.Option(min=0.1, max=86_400, help="fold again every so many seconds, until Ctrl-C")
+    ] = None,
 ) -> None:
     """Bring what processes have appended into the database, and sign how far it goes.
 
@@ -114,7 +119,9 @@ def compact(older_than: OlderThan = 30) -> None:
 
 @log_app.command(rich_help_panel=KEEP)
 def prune(
-    older_than: Annotated[int, typer.Option("--older-than", min=0, help="days (UTC) that are kept, beside today")],
+    older_than: Annotated[
+        int, typer.Option("--older-than", min=0, max=_DAYS, help="days (UTC) that are kept, beside today")
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
     """Remove past days for good. It is signed which events went, so that `verify` knows the gap; `compact` only moves them."""

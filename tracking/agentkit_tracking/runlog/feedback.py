@@ -35,12 +35,13 @@ def give(
         UsageError: there is no such run, nothing is said, or it is said wrongly.
         LogUnwritable: it could not be kept.
     """
-    if label is None and rating is None and not comment:
+    comment = (comment or "").strip() or None
+    if label is None and rating is None and comment is None:
         raise UsageError("feedback says nothing: give a label, a rating or a comment")
     if label is not None and label not in get_args(Label):
         raise UsageError(f"{label!r} is no label of feedback; use {', '.join(get_args(Label))}")
-    if rating is not None and not 1 <= rating <= 5:
-        raise UsageError(f"a rating goes from 1 to 5, not {rating:g}")
+    if rating is not None and (isinstance(rating, bool) or not isinstance(rating, int | float) or not 1 <= rating <= 5):
+        raise UsageError(f"a rating goes from 1 to 5, not {rating!r}")
     run = log.find(run_id)
     event = {
         "type": "feedback",
@@ -52,7 +53,7 @@ def give(
         "result": label,
         "rating": rating,
     }
-    private = {"comment": comment, "by": by or author(), "user_hash": run.user_hash, "session": run.session}
+    private = {"by": by or author(), "user_hash": run.user_hash, "session": run.session}
     told = {name: value for name, value in private.items() if value is not None}
     kept = events.payloads()({"comment": comment}) if comment else {}
     log.write([({name: value for name, value in event.items() if value is not None}, {**told, **kept})])

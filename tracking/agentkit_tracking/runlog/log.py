@@ -225,7 +225,9 @@ class RunLog:
 
 
 def _record(connection: duckdb.DuckDBPyConnection, run_id: str) -> RunRecord:
-    (row,) = connection.sql("SELECT * FROM runs WHERE run_id = ?", params=[run_id]).pl().to_dicts()
+    # A program that forks within a run may end it twice: the end that came last counts.
+    query = "SELECT * FROM runs WHERE run_id = ? ORDER BY seconds DESC LIMIT 1"
+    (row,) = connection.sql(query, params=[run_id]).pl().to_dicts()
     steps: list[Step] = []
     for made in connection.sql("SELECT * FROM steps WHERE run_id = ? ORDER BY step", params=[run_id]).pl().to_dicts():
         for name in ("inputs", "outputs"):

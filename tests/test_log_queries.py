@@ -1,0 +1,191 @@
+"""What may be asked of the run log, and how answers and followed events come."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from log_files import run, write
+from typer.testing import CliRunner
+
+from agentkit.errors import UsageError
+from agentkit_pipelines.cli import app
+from agentkit_tracking.runlog import RunLog, feedback, retention
+from agentkit_tracking.runlog.following import Follower
+
+
+@pytest.fixture
+def log(own_home: Path) -> RunLog:
+    """A log with an archived run, a folded one, and a fresh one."""
+    log = RunLog()
+    write(log, run("old"), days=9)
+    log.fold()
+    retention.compact(log, 3)
+    write(log, run("folded"))
+    log.fold()
+    write(log, run("fresh"))
+    return log
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT run_id FROM outcomes",
+        "-- all\nFROM runs;",
+        "WITH r AS (SELECT run_id FROM runs) SELECT * FROM r",
+        "DESCRIBE runs",
+        "SUMMARIZE outcomes",
+        "SHOW TABLES",
+        "EXPLAIN SELECT * FROM runs",
+        "EXPLAIN (ANALYZE) SELECT * FROM runs",
+        "explain analyze FROM runs",
+        "PIVOT outcomes ON route USING count(*) GROUP BY state",
+        "VALUES (1)",
+    ],
+)
+def test_what_reads_is_answered_also_of_archives(log: RunLog, query: str) -> None:
+    assert not log.sql(query).is_empty()
+    assert sorted(log.sql("SELECT run_id FROM runs")["run_id"]) == ["folded", "fresh", "old"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "COPY runs TO '{file}'",
+        "COPY runs TO '{archive}/x.csv'",
+        "EXPLAIN ANALYZE COPY runs TO '{archive}/x.csv'",
+        "EXPLAIN /* */ ANALYZE COPY runs TO '{archive}/x.csv'",
+        "-- x\nEXPLAIN ANALYZE COPY runs TO '{archive}/x.csv'",
+        "EXPLAIN (ANALYZE, FORMAT json) COPY runs TO '{archive}/x.csv'",
+        "EXPORT DATABASE '{file}'",
+        "ATTACH '{file}'",
+        "DETACH log",
+        "USE log",
+        "INSTALL httpfs",
+        "LOAD json",
+        "SELECT * FROM read_text('/etc/hostname')",
+        "SELECT * FROM glob('/etc/*')",
+        "SELECT 1; SELECT 2",
+        "SELECT 1; COPY runs TO '{file}'",
+        "PIVOT runs ON state USING count(*); COPY runs TO '{file}'",
+        "SET memory_limit = '1GB'",
+        "CREATE TABLE t AS SELECT 1",
+        "CREATE TABLE t AS SELECT 1; SELECT 2",
+        "CALL duckdb_functions()",
+    ],
+)
+def test_what_does_anything_else_is_refused(log: RunLog, tmp_path: Path, query: str) -> None:
+    file, archive = tmp_path / "out", log.folder / "archive"
+    with pytest.raises(UsageError, match="only a query that reads the views"):
+        log.sql(query.format(file=file, archive=archive))
+    assert not file.exists()
+    assert not (archive / "x.csv").exists()
+
+
+def test_a_connection_of_ones_own_has_no_limits(log: RunLog, tmp_path: Path) -> None:
+    with log.connection() as connection:
+        connection.execute(f"COPY (FROM runs) TO '{tmp_path / 'out.csv'}'")
+    assert (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["INTERVAL 1 DAY", "[INTERVAL 1 DAY]", "union_value(a := 1)", "'infinity'::TIMESTAMP", "'-infinity'::TIMESTAMPTZ", "'infinity'::DATE"],
+)  # fmt: skip
+def test_a_column_that_cannot_be_handed_over_is_named(log: RunLog, value: str) -> None:
+    with pytest.raises(UsageError, match=r"column 'odd' .*cast it"):
+        log.sql(f"SELECT 1 AS n, {value} AS odd")
+    assert log.sql(f"SELECT ({value})::VARCHAR AS odd, now() AS t, 'INTERVAL'::ENUM('INTERVAL') AS e").height == 1
+
+
+def test_a_run_with_two_outcomes_is_one_run(log: RunLog) -> None:
+    write(log, run("forked"), run("forked"))
+    with pytest.raises(UsageError, match="'f' begins several runs, among them folded, forked, fresh; give more"):
+        log.find("f")
+    with pytest.raises(UsageError, match="has no run 'x'"):
+        log.find("x")
+    assert log.find("forked").run_id == "forked"
+
+
+def test_comments_are_left_out_where_payloads_are(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTKIT_PAYLOADS", "none")
+    feedback.give(log, "fresh", "accepted", comment="SECRET")
+    assert log.sql("SELECT label, comment FROM feedback").rows() == [("accepted", None)]
+    assert not any(b"SECRET" in file.read_bytes() for file in log.segments.iterdir())
+
+
+def test_feedback_that_says_nothing_or_no_number_is_refused(log: RunLog) -> None:
+    with pytest.raises(UsageError, match="says nothing"):
+        feedback.give(log, "fresh", comment=" \n")
+    for rating in (True, float("nan"), 0, 6):
+        with pytest.raises(UsageError, match="from 1 to 5"):
+            feedback.give(log, "fresh", rating=rating)
+
+
+# ---- as it is typed
+
+
+def said(*arguments: str) -> str:
+    done = CliRunner().invoke(app, ["log", *arguments])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.stdout
+
+
+def test_sums_are_numbers(log: RunLog) -> None:
+    query = "SELECT sum(tokens_in) AS n, 1.5::DECIMAL(9, 2) AS d, 12345678 AS big, true AS b FROM outcomes"
+    assert json.loads(said("query", query, "--json")) == {"n": 15, "d": 1.5, "big": 12345678, "b": True}
+    assert [cell.strip() for cell in said("query", query).splitlines()[3].split("│")[1:-1]] == ["15", "1.5", "12345678", "true"]  # fmt: skip
+
+
+def test_rows_wider_than_the_terminal_are_blocks(log: RunLog) -> None:
+    shown = said("query", "SELECT * FROM runs ORDER BY run_id")
+    assert [line.strip() for line in shown.splitlines() if line.startswith("row ")] == ["row 1", "row 2", "row 3"]
+    lines = [line.split() for line in shown.splitlines()]
+    assert [["run_id", name] in lines for name in ("folded", "fresh", "old")] == [True] * 3
+    assert "┃" in said("query", "SELECT run_id, state FROM runs")
+
+
+def test_markup_in_names_of_columns_is_text(log: RunLog) -> None:
+    assert "[/red]" in said("query", 'SELECT 1 AS "[/red]"')
+
+
+@pytest.mark.parametrize("arguments", [["compact"], ["prune", "--yes"]])
+def test_days_that_no_calendar_has_are_wrong_use(log: RunLog, arguments: list[str]) -> None:
+    assert CliRunner().invoke(app, ["log", *arguments, "--older-than", "9" * 12]).exit_code == 2
+
+
+# ---- followed
+
+
+def test_what_is_folded_between_two_looks_is_followed(log: RunLog) -> None:
+    with Follower(log) as follower:
+        assert follower.new() == []
+        write(log, run("a"))
+        seen = follower.new()
+        write(log, run("b"))
+        log.close()
+        log.fold()
+        assert not list(log.segments.iterdir())
+        seen += follower.new()
+        assert follower.new() == []
+    assert [event["run_id"] for event in seen if event["type"] == "outcome"] == ["a", "b"]
+    assert {event["private"]["inputs"]["text"] for event in seen if event["type"] == "outcome"} == {"secret of a", "secret of b"}  # fmt: skip
+    assert len({event["id"] for event in seen}) == len(seen)
+    assert "private_sha256" not in seen[-2]
+
+
+def test_more_segments_than_files_may_be_open_are_followed(log: RunLog) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    log.close()
+    [segment] = log.segments.iterdir()
+    for n in range(300):
+        (log.segments / f"{n}.jsonl").write_bytes(segment.read_bytes())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        with Follower(log) as follower:
+            write(log, run("new"))
+            assert [event["run_id"] for event in follower.new() if event["type"] == "outcome"] == ["new"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

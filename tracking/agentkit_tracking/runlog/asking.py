@@ -1,0 +1,100 @@
+"""What may be asked of the run log in SQL, and answers as polars frames."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentkit.errors import UsageError
+from agentkit_tracking.runlog.database import quoted
+
+if TYPE_CHECKING:
+    import duckdb
+    import polars as pl
+
+ONLY_READING = (
+    "only a query that reads the views runs, outcomes, steps, feedback and events is taken, one at a time (for anything else: "
+    "RunLog().connection() in Python, or DuckDB on a file of `agentkit log export`)"
+)
+_EXPLAIN = re.compile(r"\s*EXPLAIN\s+(?:ANALYZE\s+|\([^()]*\)\s*)?", re.IGNORECASE)
+_PIVOT = re.compile(r"\s*PIVOT\b", re.IGNORECASE)
+_PIVOTS = (["MULTI"], ["CREATE", "SELECT"])  # in DuckDB 2 and 1: its values are looked up before
+_DAYS = (-719_162, 2_932_896)  # that Python has dates for, from 1970 on
+_UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}  # in a day
+
+
+def check(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Refuse what is not one statement that reads.
+
+    Raises:
+        UsageError: it is none.
+        duckdb.Error: it is no SQL.
+    """
+    import duckdb
+
+    found = _kinds(connection, query)
+    if not found:
+        raise UsageError("the query is empty; ask e.g. SELECT route, count(*) FROM runs GROUP BY route")
+    if found == ["EXPLAIN"]:  # with ANALYZE it does what it explains
+        start = _EXPLAIN.match(query)
+        with suppress(duckdb.Error):  # a comment in between, or the like
+            found = _kinds(connection, query[start.end() :]) if start else found
+    if found != ["SELECT"] and not (found in _PIVOTS and _PIVOT.match(query)):
+        raise UsageError(ONLY_READING)
+
+
+def _kinds(connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
+    return [statement.type.name for statement in connection.extract_statements(query)]
+
+
+def confine(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+    """Keep a connection to the run log's own files from here on."""
+    connection.execute(f"SET allowed_directories = [{quoted(folder / 'archive')}]")
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+
+
+def frame(answer: duckdb.DuckDBPyRelation) -> pl.DataFrame:
+    """An answer as a frame whose every value Python can have.
+
+    Raises:
+        UsageError: a column is of a kind that polars has not, or holds a date that Python has not.
+    """
+    import polars as pl
+
+    for name, kind in zip(answer.columns, answer.types, strict=True):
+        if _is_foreign(kind):
+            raise UsageError(
+                f"column {name!r} is of type {kind}, which is not handed over; cast it, e.g. {name}::VARCHAR"
+            )
+    try:
+        found: pl.DataFrame = answer.pl()
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError) as e:
+        raise UsageError(f"a column is of a type that polars does not take; cast it to VARCHAR: {e}") from e
+    for column in found:
+        if _is_out_of_range(column):
+            raise UsageError(
+                f"column {column.name!r} has dates beyond the years 1 to 9999, or infinity; cast it to VARCHAR"
+            )
+    return found
+
+
+def _is_foreign(kind: Any) -> bool:
+    if kind.id in ("list", "array", "struct", "map"):
+        return any(_is_foreign(part) for _, part in kind.children if hasattr(part, "id"))
+    return kind.id in ("interval", "union")
+
+
+def _is_out_of_range(column: pl.Series) -> bool:
+    import polars as pl
+
+    if isinstance(column.dtype, pl.Datetime):
+        a_day = _UNITS[column.dtype.time_unit]
+    elif column.dtype == pl.Date:
+        a_day = 1
+    else:
+        return False
+    low, high = column.to_physical().min(), column.to_physical().max()
+    return isinstance(low, int) and isinstance(high, int) and (low < _DAYS[0] * a_day or high >= (_DAYS[1] + 1) * a_day)
