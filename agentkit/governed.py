@@ -83,7 +83,10 @@ class _Write:
     """What a write holds while it is made: the thing it writes to, and that this very call is being made."""
 
     def __init__(self, run: Run, tool: AnyTool) -> None:
-        if run.state not in (State.EXECUTING, State.AWAITING_HUMAN):  # the latter: another thread of the run asks a person
+        if run.state not in (
+            State.EXECUTING,
+            State.AWAITING_HUMAN,
+        ):  # the latter: another thread of the run asks a person
             raise UsageError(
                 f"tool {tool.name!r} changes something outside and was called in {run.state}; call it in `execute`"
             )

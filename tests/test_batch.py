@@ -55,7 +55,9 @@ def batch(source: str, target: str = "out.parquet", **options: Any) -> pl.DataFr
 
 
 def runs() -> pl.DataFrame:
-    return RunLog().sql("SELECT inputs->>'text' AS text, release FROM runs WHERE kind = 'batch' AND state = 'DONE' ORDER BY started_at")
+    return RunLog().sql(
+        "SELECT inputs->>'text' AS text, release FROM runs WHERE kind = 'batch' AND state = 'DONE' ORDER BY started_at"
+    )
 
 
 class Stopped(Exception):

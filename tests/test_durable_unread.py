@@ -129,7 +129,9 @@ def test_a_pickle_in_the_database_is_not_read(given: Any, own_home: Path, tmp_pa
 
     content = base64.b64encode(pickle.dumps(Evil())).decode()
     with closing(sqlite3.connect(own_home / "durable.db")) as database, database:
-        database.execute("UPDATE workflow_status SET serialization = 'py_pickle', inputs = ?, output = ?", [content] * 2)
+        database.execute(
+            "UPDATE workflow_status SET serialization = 'py_pickle', inputs = ?, output = ?", [content] * 2
+        )
         database.execute("UPDATE operation_outputs SET serialization = 'py_pickle', output = ?", [content])
     with pytest.raises(Exception):  # noqa: B017, PT011
         durable.status("r")

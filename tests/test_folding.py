@@ -287,7 +287,7 @@ def test_records_of_the_time_before_events_are_brought_over_once(log: RunLog) ->
         log.fold()
         assert ids(log) == ["new", *(f"old{i}" for i in range(5))]
     assert log.sql("SELECT count(*) FROM steps").item() == 10
-    assert [p.name for p in old.iterdir()] == ["1-abc.jsonl.brought-over"]
+    assert list(old.iterdir()) == []
     found = log.find("old3")
     assert (found.inputs, found.steps[0].usd) == ({"mail": "[e-mail]"}, 0.5)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
+import orjson
 import pytest
 from log_files import in_process, run, write
 
@@ -15,6 +17,7 @@ from agentkit_tracking import keys
 from agentkit_tracking.runlog import RunLog, feedback
 from agentkit_tracking.runlog.erasure import Erased, erase_user
 from agentkit_tracking.runlog.retention import compact
+from agentkit_tracking.runlog.segments import segment_files
 from agentkit_tracking.runlog.verification import Report, verify
 
 ANNA = Caller("anna").user_hash
@@ -212,3 +215,64 @@ def test_what_cannot_be_meant_is_refused(log: RunLog, given: dict[str, str], sai
     with pytest.raises(UsageError, match=said):
         erase_user(log, **{"why": "asked", **given})
     assert len(secrets(log)) == 9
+
+
+@pytest.mark.parametrize("run_id", ['ticket "17"', "a\\b", "ü-17"])
+def test_run_ids_may_be_any_text(own_home: Path, run_id: str) -> None:
+    log = RunLog()
+    write(log, run(run_id, ANNA, inputs={"text": "the words"}))
+    assert erase_user(log, "anna", why="asked for it").runs == (run_id,)
+    assert left_in_files(log, (b"the words",)) == []
+    assert verify(log).is_whole
+
+
+def test_what_a_file_still_has_of_an_erased_run_is_said(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentkit_tracking.runlog import erasure
+
+    log = RunLog()
+    write(log, run("r1", ANNA))
+    monkeypatch.setattr(erasure, "blank", lambda *_: 0)
+    erase_user(log, "anna", why="asked for it")
+    assert "3 events of erased runs still have theirs: run `agentkit log erase` again" in verify(log).remarks
+    log.database.path.unlink()
+    assert "3 events of erased runs still have theirs: run `agentkit log erase` again" in verify(log).remarks
+
+
+@pytest.mark.parametrize("place", ["fresh", "database", "archive"])
+def test_callers_for_others_lose_what_they_hold_of_the_run(own_home: Path, place: str) -> None:
+    log = RunLog()
+    bob, effects = Caller("bob").user_hash, [{"tool": "mail", "arguments": {"to": "address of anna"}}]
+    write(log, run("top", bob, effects=effects), run("mid", parent="top", effects=effects), run("anna", ANNA, parent="mid"),
+          run("other", bob, parent="top"), days=5)  # fmt: skip
+    if place != "fresh":
+        log.close()
+        log.fold()
+    if place == "archive":
+        compact(log, 1)
+    done = erase_user(log, "anna", why="asked for it")
+    assert (done.runs, done.callers, done.events) == (("anna",), ("mid", "top"), 5)
+    assert left_in_files(log, (b"address of anna",)) == []
+    assert log.sql("SELECT run_id FROM events WHERE type = 'run' AND private->>'inputs' IS NOT NULL ORDER BY 1")[
+        "run_id"
+    ].to_list() == ["mid", "other", "top"]
+    report = verify(log)
+    assert report.faults == []
+    assert not [remark for remark in report.remarks if "still have" in remark]
+    assert erase_user(log, "anna", why="asked for it") == Erased()
+
+
+def test_old_files_are_brought_over_whole_and_deleted(own_home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = own_home / "runs"
+    old.mkdir(parents=True)
+    values = {**asdict(run("old", ANNA)), "from_another_version": 1}
+    values.pop("result", None)
+    (old / "a.jsonl").write_bytes(orjson.dumps(values) + b'\n[1]\n{"run_id": "to')
+    log = RunLog()
+    log.fold()
+    assert list(old.iterdir()) == []
+    assert "2 lines are no records of runs" in caplog.text
+    assert log.find("old").inputs == {"text": "secret of old"}
+    assert erase_user(log, "anna", why="asked for it").runs == ("old",)
+    assert left_in_files(log, (b"secret of old",)) == []
+    assert segment_files(log.segments)[1:] == []
+    assert verify(log).is_whole

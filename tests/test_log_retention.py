@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from datetime import UTC, datetime
 from pathlib import Path
@@ -217,3 +218,50 @@ def test_days_begin_at_midnight_utc(log: RunLog) -> None:
     today = datetime.now(UTC).date()
     assert (today - upkeep.before(0)).days == 0
     assert (today - upkeep.before(30)).days == 30
+
+
+# ---- files that nobody may remove
+
+
+def test_archives_outlive_a_lost_database(log: RunLog) -> None:
+    log.close()
+    compact(log, 3)
+    log.database.path.unlink()
+    before = archives(log)
+    write(log, run("later"), days=8)
+    compact(log, 3)
+    prune(log, 5)
+    assert archives(log) == before
+    faults = [fault for fault in verify(log).faults if "does not know" in fault.what]
+    assert [fault.where.split("/")[1] for fault in faults] == before
+
+
+def test_archives_outlive_a_restored_database(log: RunLog, tmp_path: Path) -> None:
+    compact(log, 8)
+    shutil.copy(log.database.path, tmp_path / "backup")
+    compact(log, 3)
+    before = archives(log)
+    shutil.copy(tmp_path / "backup", log.database.path)
+    compact(log, 30)
+    assert archives(log) == before
+    # as the backup is older, what was moved since then is on file twice: in it, and where only `verify` sees it
+    assert [fault.what.partition(":")[0] for fault in verify(log).faults if fault.segment == "archive"] == [
+        "an archive file that the database does not know"
+    ] * 2
+
+
+def test_own_files_of_people_stay_and_scratch_goes(log: RunLog) -> None:
+    compact(log, 3)
+    place = log.folder / "archive" / day(9)
+    mine = [place / "notes.txt", place / ".scratch-mine", log.folder / ".scratch-mine", log.folder / "archive/my.csv"]
+    scratch = [
+        place / f".scratch-{'0' * 20}.parquet",
+        log.folder / ".scratch-00000000",
+        log.folder / ".spill" / "x.tmp",
+    ]
+    scratch[2].parent.mkdir()
+    for path in (*mine, *scratch):
+        path.write_text("x")
+    compact(log, 30)
+    assert [path.exists() for path in (*mine, *scratch)] == [True] * 4 + [False] * 3
+    assert verify(log).is_whole

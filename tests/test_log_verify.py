@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -406,3 +408,74 @@ def test_pruned_events_are_no_fault_unless_nobody_signed_that(log: RunLog) -> No
     assert "is not what the key" in said(verify(log), 0)
     change(log, "DELETE FROM pruned")
     assert "the events 1 to 40 are missing" in said(verify(log), 1)
+
+
+# ---- what is no event, no segment, no erasure
+
+
+def forge(log: RunLog, event: bytes, private: bytes = b"{}") -> None:
+    """Append a line with a right checksum to the segment."""
+    rest = b'"hash":"%b","salt":"%b","event":%b,"private":%b}' % (b"0" * 64, b"0" * 32, event, private)
+    with open(next(log.segments.glob("*.jsonl")), "ab") as file:
+        file.write(b'{"len":%9d,"crc":"%08x",%b\n' % (len(rest), zlib.crc32(rest), rest))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"id":"$-5","type":"\xff\xfe"}',
+        b'{"id":"$-5","type":',
+        b'{"id":"$-5x","type":"run"}',
+        b'{"id":"$-' + b"9" * 19 + b'","type":"run"}',
+        b'{"id":"$-' + b"9" * 5000 + b'"}',
+        b'{"id":"$--5","type":"run"}',
+        b'{"id":"another-5","type":"run"}',
+        b'{"id":"$-5","type":"erasure","runs":5}',
+        b'{"id":"$-5","type":"erasure","runs":[5]}',
+        b'{"id":"$-5","type":"erasure","runs":["x"],"callers":{}}',
+        b'{"id":"$-5","type":["erasure"],"run_id":{}}',
+    ],
+)
+@pytest.mark.parametrize("is_folded", [False, True])
+def test_lines_with_a_right_checksum_that_are_no_events_are_faults(log: RunLog, event: bytes, is_folded: bool) -> None:
+    write(log, run("r1"))
+    if is_folded:
+        log.fold()
+    name = next(log.segments.glob("*.jsonl")).stem.encode()
+    forge(log, event.replace(b"$", name), b'{"x":"\xff"}')
+    assert not verify(log).is_whole
+
+
+def test_erasures_that_name_no_runs_are_faults_wherever_they_lie(log: RunLog) -> None:
+    log.write([({"type": "erasure", "name": "user", "runs": {"r1": 1}}, {})])
+    assert "an erasure that does not name runs" in said(verify(log), 1)
+    log.close()
+    log.fold()
+    assert "an erasure that does not name runs" in said(verify(log), 1)
+    compact(log, 0)
+    assert "an erasure that does not name runs" in said(verify(log), 1)
+
+
+def test_only_the_outcome_of_a_caller_may_be_without_its_private_part(log: RunLog) -> None:
+    write(log, run("r1"))
+    log.write([({"type": "erasure", "name": "user", "runs": [], "callers": ["r1"]}, {})])
+
+    def blank(rows: list[Row]) -> None:
+        for n in (1, 4):  # its beginning, and its outcome
+            at(rows, n)["private"] = "null"
+
+    report = attack(log, "file", blank)
+    assert "no erasure says so" in said(report, 1)
+    assert said(report, 4) == ""
+
+
+def test_what_is_no_segment_is_a_remark(log: RunLog) -> None:
+    write(log, run("r1"))
+    name = f"{'0' * 20}.jsonl"
+    (log.segments / name).symlink_to("nowhere")
+    (log.segments / "x.jsonl").mkdir()
+    (log.segments / "odd name\n.jsonl").write_text("x")
+    os.mkfifo(log.segments / f"{'1' * 20}.jsonl")
+    report = verify(log)
+    assert report.is_whole
+    assert sum("is no segment" in remark for remark in report.remarks) == 4

@@ -129,7 +129,9 @@ def run(
     from agentkit_tracking.control.approvals import desk_approver
 
     if as_json:
-        os.environ["AGENTKIT_TRACES"] = "off"  # a script does not wait for mlflow; whoever forwards next takes the run along
+        os.environ["AGENTKIT_TRACES"] = (
+            "off"  # a script does not wait for mlflow; whoever forwards next takes the run along
+        )
     is_file = reference.split(":")[0].endswith((".py", ".ipynb"))
     if durable and (approve or trust or user):
         raise UsageError("--durable goes with neither --approve, --trust nor --user: another process may go on with it")

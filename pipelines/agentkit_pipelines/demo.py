@@ -234,7 +234,10 @@ def _next(home: Path, root: Path) -> None:
         (f"{prefix}.venv/bin/agentkit ui", "versions, verdicts, prompts and the trace in the MLflow UI"),
         (f"{prefix}.venv/bin/agentkit list", "the four versions and their verdicts"),
         (f"{prefix}.venv/bin/agentkit verify support_triage@production", "every signature and hash behind it"),
-        (f'{prefix}.venv/bin/agentkit log query "SELECT release, count(*) FROM runs GROUP BY 1"', "the run log, in SQL"),
+        (
+            f'{prefix}.venv/bin/agentkit log query "SELECT release, count(*) FROM runs GROUP BY 1"',
+            "the run log, in SQL",
+        ),
         ("make lab", "the notebooks: 01_quickstart.ipynb first"),
         (".venv/bin/marimo edit notebooks/support_triage.py", "the system itself"),
     ):

@@ -28,7 +28,9 @@ _SQLITE = "sqlite:///"
 
 def _refuse_pickle(text: str) -> Any:
     """Each row names its own format, so the choice of ours alone would leave it to whoever can write the database."""
-    raise ValueError("this row of the database of durable runs is a pickle, which agentkit never writes: it is not read")
+    raise ValueError(
+        "this row of the database of durable runs is a pickle, which agentkit never writes: it is not read"
+    )
 
 
 DefaultSerializer.deserialize = staticmethod(_refuse_pickle)  # type: ignore[method-assign, assignment]

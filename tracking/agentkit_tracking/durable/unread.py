@@ -67,7 +67,9 @@ def _outcome(entry: Entry) -> str:
 def _add(record: RunRecord, intent: dict[str, Any], outcome: str) -> None:
     effect = {"tool": intent["tool"], "arguments": intent["arguments"], "outcome": outcome}
     record.effects.append(effect)
-    error = None if outcome == "done" else f"ToolFailed: {_IN_DOUBT}" if outcome == "unknown" else "ToolFailed: it failed"
+    error = (
+        None if outcome == "done" else f"ToolFailed: {_IN_DOUBT}" if outcome == "unknown" else "ToolFailed: it failed"
+    )
     record.steps.append(
         Step("tool", intent["tool"], "EXECUTING", record.seconds, inputs=intent["arguments"], error=error, tries=1)
     )

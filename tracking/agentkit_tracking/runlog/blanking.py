@@ -1,19 +1,47 @@
-"""Private parts taken out of segment files, also of those that a process is writing to."""
+"""Private parts taken out of segment files, also of those that a process is writing to; and what erasures name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from agentkit_tracking.runlog.segments import SUFFIX, Line, erase, lines
+import orjson
+
+from agentkit_tracking.runlog.segments import Line, erase, lines
 
 _CHUNK = 32 << 20  # bytes read at once
 _EMPTY = b"{}"  # nothing private in it
+OF_CALLED = ("outcome", "handoff")  # types of events of a run that hold something of those it called
 
 
-def segment_files(folder: Path) -> list[Path]:
-    """The segment files there are."""
-    return sorted(folder.glob(f"*{SUFFIX}"))
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What an `erasure` event names."""
+
+    runs: tuple[str, ...] = ()  # all private parts of these
+    callers: tuple[str, ...] = ()  # those of their `OF_CALLED` events
+
+
+def named(event: str | bytes | dict[str, Any]) -> Named | None:
+    """What an erasure names; None if it is not as one is written."""
+    told = event if isinstance(event, dict) else told_by(event)
+    if told is None:
+        return None
+    lists = [told.get("runs", []), told.get("callers", [])]
+    if not all(isinstance(runs, list) and all(isinstance(run, str) for run in runs) for runs in lists):
+        return None
+    return Named(tuple(lists[0]), tuple(lists[1]))
+
+
+def told_by(event: str | bytes) -> dict[str, Any] | None:
+    """The event's fields; None if it is no JSON object."""
+    try:
+        told = orjson.loads(event)
+    except ValueError:
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def blank(path: Path, chosen: Callable[[Line], bool]) -> int:
@@ -33,16 +61,13 @@ def find(path: Path, chosen: Callable[[Line], bool]) -> list[Line]:
             content = rest + chunk
             end = content.rfind(b"\n") + 1
             for item in lines(content[:end], start):
-                if isinstance(item, Line) and item.private != _EMPTY and not item.is_erased and chosen(item):
+                if isinstance(item, Line) and has_private(item) and chosen(item):
                     found.append(item)
             start += end
             rest = content[end:]
     return found
 
 
-def run_of(line: Line) -> str | None:
-    """The run that an event belongs to."""
-    begin = line.event.find(b'"run_id":"')
-    if begin < 0:
-        return None
-    return line.event[begin + 10 : line.event.index(b'"', begin + 10)].decode()
+def has_private(line: Line) -> bool:
+    """Whether there is anything to take out of it."""
+    return line.private != _EMPTY and not line.is_erased

@@ -6,25 +6,27 @@ leaves the event, and whoever erases next finishes what it names.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from agentkit.errors import UsageError
 from agentkit_tracking.home import author
 from agentkit_tracking.runlog import reading
-from agentkit_tracking.runlog.blanking import blank, run_of, segment_files
+from agentkit_tracking.runlog.blanking import OF_CALLED, Named, blank, named, told_by
 from agentkit_tracking.runlog.database import one, transaction
-from agentkit_tracking.runlog.segments import ERASED_SALT
+from agentkit_tracking.runlog.segments import ERASED_SALT, segment_files
 from agentkit_tracking.runlog.trace_erasure import delete_traces
 from agentkit_tracking.runlog.upkeep import (
     WHOLE,
     Progress,
     alone,
     archived,
+    counts,
+    expendable,
     give_back,
+    new_archive,
     parquet,
     quiet,
     remove_orphans,
@@ -37,11 +39,15 @@ if TYPE_CHECKING:
 
     from agentkit_tracking.runlog.log import RunLog
 
+_log = logging.getLogger(__name__)
 _HASH = re.compile(r"[0-9a-f]{16}")
 _RUNS_IN_EVENT = 5_000
 _PATIENCE_S = 60.0  # for readers to leave
-# Events of these runs that still have something private.
-_HAVE = "run_id IN (SELECT run_id FROM doomed) AND private IS NOT NULL AND private <> '{}'"
+# Events that still have something private: all of these runs, and of their callers what holds something of them.
+_HAVE = (
+    "private IS NOT NULL AND private <> '{}' AND (run_id IN (SELECT run_id FROM doomed WHERE is_whole) "
+    f"OR type IN {OF_CALLED} AND run_id IN (SELECT run_id FROM doomed))"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Erased:
     events: int = 0
     traces: int = 0
     traces_left: str = ""  # why traces could not be removed
+    callers: tuple[str, ...] = ()  # runs of which only outcome and handoffs were taken out
 
 
 def erase_user(
@@ -67,6 +74,7 @@ def erase_user(
 
     What is left of each event is what it was, when, how long and what it cost. Pseudonyms are private parts, too, so
     afterwards nobody can tell that the runs were this user's. Erasures that were cut off are finished on the way.
+    Of runs for others that called such a run, outcome and handoffs lose their private parts: they hold its effects and results.
 
     It does not reach the journal of durable runs, the approvals desk, outputs of notebooks, results of batches,
     evaluations, exports and backups; nor runs of this user that are under way: erase again when they are over.
@@ -89,22 +97,24 @@ def erase_user(
     with alone(log):
         remove_orphans(log)
         with reading.connection(log) as connection:
-            runs, roots = _doomed(connection, pseudonym)
+            doomed, roots = _doomed(connection, pseudonym)
         progress(0, 5)
         count = 0
-        if runs:
-            _announce(log, runs, why, by or author())
-            count += _erase_in_files(log, runs)
+        if doomed != Named():
+            _announce(log, doomed, why, by or author())
+            count += _erase_in_files(log, doomed)
             progress(1, 5)
-            count += _erase_in_archives(log, runs)
+            count += _erase_in_archives(log, doomed)
             progress(2, 5)
-            count += _erase_in_database(log, runs)
+            count += _erase_in_database(log, doomed)
             progress(3, 5)
         _settle(log)
         progress(4, 5)
     traces, left = delete_traces(roots)
     progress(5, 5)
-    return Erased(tuple(runs), count, traces, left)
+    if kept := sorted(log.folder.parent.glob("runs/*.jsonl.brought-over")):
+        _log.warning("%s and %d more old files may hold data of anybody; delete them", kept[0], len(kept) - 1)
+    return Erased(doomed.runs, count, traces, left, doomed.callers)
 
 
 def _pseudonym(user: str | None, user_hash: str | None) -> str:
@@ -120,47 +130,56 @@ def _pseudonym(user: str | None, user_hash: str | None) -> str:
     return found
 
 
-def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """The runs that have something to take out: the user's, those they called, and those of erasures that were cut off.
+def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Named, list[tuple[str, str]]]:
+    """The runs that have something to take out: the user's, those they called, their callers, and those of erasures before.
 
     With them, system and id of the runs at the top that they belong to: these have the traces.
     """
-    named = connection.execute("SELECT event FROM every_event WHERE type = 'erasure'").fetchall()
-    before = {run for (event,) in named for run in orjson.loads(event).get("runs", ())}
-    connection.execute("CREATE TEMP TABLE doomed (run_id VARCHAR)")
+    told = connection.execute("SELECT event FROM every_event WHERE type = 'erasure'").fetchall()
+    before = [erasure for (event,) in told if (erasure := named(event)) is not None]
+    connection.execute(_DOOMED)
     connection.execute("CREATE TEMP TABLE parents AS SELECT DISTINCT run_id, parent, system FROM every_event "
                        "WHERE run_id IS NOT NULL AND type IN ('run', 'outcome')")  # fmt: skip
     connection.execute(
         "INSERT INTO doomed WITH RECURSIVE below AS (SELECT DISTINCT run_id FROM every_event WHERE user_hash = ? AND run_id "
-        "IS NOT NULL UNION SELECT p.run_id FROM parents p JOIN below b ON p.parent = b.run_id) SELECT run_id FROM below",
+        "IS NOT NULL UNION SELECT p.run_id FROM parents p JOIN below b ON p.parent = b.run_id) SELECT run_id, true FROM below",
         [pseudonym],
     )
-    if before:
-        connection.execute("INSERT INTO doomed SELECT unnest(?)", [sorted(before)])
-    runs = connection.execute(f"SELECT DISTINCT run_id FROM every_event WHERE {_HAVE} ORDER BY 1").fetchall()
+    _insert(connection, {run for erasure in before for run in erasure.runs}, is_whole=True)
+    connection.execute(
+        "INSERT INTO doomed WITH RECURSIVE above AS (SELECT parent FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
+        "UNION SELECT p.parent FROM parents p JOIN above a ON p.run_id = a.parent) "
+        "SELECT parent, false FROM above WHERE parent IS NOT NULL AND parent NOT IN (SELECT run_id FROM doomed)"
+    )
+    _insert(connection, {run for erasure in before for run in erasure.callers}, is_whole=False)
+    rows = connection.execute(
+        "SELECT run_id, run_id IN (SELECT run_id FROM doomed WHERE is_whole) AS is_whole FROM every_event "
+        f"WHERE {_HAVE} GROUP BY 1 ORDER BY 1"
+    ).fetchall()
     roots = connection.execute(
         "WITH RECURSIVE above AS (SELECT run_id, parent, system FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
         "UNION SELECT p.run_id, p.parent, p.system FROM parents p JOIN above a ON p.run_id = a.parent) "
         "SELECT DISTINCT system, run_id FROM above WHERE parent IS NULL ORDER BY ALL"
     ).fetchall()
-    return [run for (run,) in runs], roots
+    return Named(tuple(run for run, whole in rows if whole), tuple(run for run, whole in rows if not whole)), roots
 
 
-def _announce(log: RunLog, runs: list[str], why: str, by: str) -> None:
+def _announce(log: RunLog, doomed: Named, why: str, by: str) -> None:
     """Say in the chain what will be gone; on the disk before anything is."""
     from agentkit.redaction import redact
 
     private = {"by": by, "why": redact(why)}
     log.write(
         [
-            ({"type": "erasure", "name": "user", "runs": runs[first : first + _RUNS_IN_EVENT]}, private)
+            ({"type": "erasure", "name": "user", "runs": [], field: runs[first : first + _RUNS_IN_EVENT]}, private)
+            for field, runs in (("runs", doomed.runs), ("callers", doomed.callers))
             for first in range(0, len(runs), _RUNS_IN_EVENT)
         ]
     )
 
 
-def _erase_in_files(log: RunLog, runs: list[str]) -> int:
-    wanted = set(runs)
+def _erase_in_files(log: RunLog, doomed: Named) -> int:
+    wanted, callers = set(doomed.runs), set(doomed.callers)
     folded = _folded_up_to(log)
     count = 0
     for path in segment_files(log.segments):
@@ -169,7 +188,9 @@ def _erase_in_files(log: RunLog, runs: list[str]) -> int:
 
         def chosen(line: Any, next_byte: int = next_byte) -> bool:
             nonlocal fresh
-            if run_of(line) not in wanted:
+            told = told_by(line.event) or {}
+            run, kind = told.get("run_id"), told.get("type")
+            if not isinstance(run, str) or not (run in wanted or (run in callers and kind in OF_CALLED)):
                 return False
             fresh += line.offset >= next_byte  # the others are counted where they are folded to
             return True
@@ -186,7 +207,7 @@ def _folded_up_to(log: RunLog) -> dict[str, int]:
         return dict(connection.execute("SELECT segment, next_byte FROM log.segments").fetchall())
 
 
-def _erase_in_archives(log: RunLog, runs: list[str]) -> int:
+def _erase_in_archives(log: RunLog, doomed: Named) -> int:
     """Write archives that have something to take out anew; the old file goes when nobody reads it any more."""
     count = 0
     with log.database.reading() as connection:
@@ -195,17 +216,23 @@ def _erase_in_archives(log: RunLog, runs: list[str]) -> int:
         source = parquet(log.folder, [file])
         with log.database.reading() as connection:
             assert connection is not None
-            _table(connection, runs)
+            _table(connection, doomed)
             found = int(one(connection.execute(f"SELECT count(*) FROM {source} WHERE {_HAVE}")))
-            if not found:
-                continue
-            new, events, digest = write_archive(connection, _without(source), log.folder, day)
+        if not found:
+            continue
+        new = new_archive(log, day)
+        with log.database.reading() as connection:
+            assert connection is not None
+            _table(connection, doomed)
+            events, digest = write_archive(connection, _without(source), log.folder, new)
         with log.database.writing(_PATIENCE_S) as connection:
             with transaction(connection):
                 connection.execute(
                     "UPDATE log.archives SET file = ?, events = ?, sha256 = ?, archived_at = now() WHERE file = ?",
                     [new, events, digest, file],
                 )
+                counts(connection, new)
+                expendable(connection, [file])
             (log.folder / file).unlink()  # here, where no reader is
         count += found
     return count
@@ -218,9 +245,9 @@ def _without(source: str) -> str:
     return f"SELECT * REPLACE ({changed}) FROM (SELECT {WHOLE} FROM {source})"
 
 
-def _erase_in_database(log: RunLog, runs: list[str]) -> int:
+def _erase_in_database(log: RunLog, doomed: Named) -> int:
     with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
-        _table(connection, runs)
+        _table(connection, doomed)
         return int(
             one(
                 connection.execute(
@@ -237,6 +264,14 @@ def _settle(log: RunLog) -> None:
     remove_orphans(log)
 
 
-def _table(connection: duckdb.DuckDBPyConnection, runs: list[str]) -> None:
-    connection.execute("CREATE TEMP TABLE doomed (run_id VARCHAR)")
-    connection.execute("INSERT INTO doomed SELECT unnest(?)", [runs])
+_DOOMED = "CREATE TEMP TABLE doomed (run_id VARCHAR, is_whole BOOLEAN)"
+
+
+def _table(connection: duckdb.DuckDBPyConnection, doomed: Named) -> None:
+    connection.execute(_DOOMED)
+    _insert(connection, set(doomed.runs), is_whole=True)
+    _insert(connection, set(doomed.callers), is_whole=False)
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, runs: set[str], *, is_whole: bool) -> None:
+    connection.execute("INSERT INTO doomed SELECT unnest(?::VARCHAR[]), ?", [sorted(runs), is_whole])

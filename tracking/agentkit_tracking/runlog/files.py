@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from agentkit_tracking.runlog.blanking import has_private, told_by
 from agentkit_tracking.runlog.folding import Position
 from agentkit_tracking.runlog.segments import Chain, Finding, Line, is_live, lines
 from agentkit_tracking.runlog.stored import Fault
 
 _CHUNK = 32 << 20  # bytes read at once
-_ERASURE = b'"type":"erasure"'
 
 
 @dataclass
@@ -27,8 +26,18 @@ class File:
     torn_bytes: int = 0  # after the last line, in a file that nobody writes to any more
     faults: list[Fault] = field(default_factory=list)
     folded: list[tuple[str, int, str]] = field(default_factory=list)  # segment, number, hash of what is folded, too
-    erased: list[tuple[int, str | None]] = field(default_factory=list)  # number and run of what has no private part
-    erasures: list[dict[str, Any]] = field(default_factory=list)  # with the number of the event
+    erased: list[Of] = field(default_factory=list)  # what has no private part
+    private: list[Of] = field(default_factory=list)  # what has one
+    erasures: list[tuple[int, dict[str, Any]]] = field(default_factory=list)  # number, event
+
+
+@dataclass(frozen=True, slots=True)
+class Of:
+    """An event's number, run and type."""
+
+    n: int
+    run_id: str
+    type: str
 
 
 def check_file(path: Path, position: Position) -> File:
@@ -36,7 +45,7 @@ def check_file(path: Path, position: Position) -> File:
     live = is_live(path)  # before reading: what is read of one that is not is all there will ever be
     found = File(path.stem)
     chain = Chain()
-    identity = f'{{"id":"{path.stem}-'.encode()
+    identity = re.compile(rb'\{"id":"%b-\d{1,18}"' % re.escape(path.stem.encode()))
     size = 0
     for item in _lines(path):
         if isinstance(item, int):
@@ -46,20 +55,29 @@ def check_file(path: Path, position: Position) -> File:
             chain.skip()
             found.faults.append(_fault(path, item, f"after event {chain.n}"))
             continue
+        told = told_by(item.event)
+        if told is None or not 0 <= item.n < 10**18:  # nothing can be built on what it says
+            chain.skip()
+            what = f"event {chain.n + 1} or a later one at byte {item.offset}: it is no event as one is written"
+            found.faults.append(Fault(path.stem, chain.n + 1, None, path.name, what))
+            continue
         wrong = chain.add(item)
-        if not item.event.startswith(identity):
-            said = orjson.loads(item.event).get("id")
-            found.faults.append(
-                Fault(path.stem, item.n, _run(item), path.name, f"what stands in its place is event {said}")
-            )
+        run, kind = _text(told.get("run_id")), _text(told.get("type"))
+        if not identity.match(item.event):
+            what = f"what stands in its place is event {str(told.get('id'))[:60]}"
+            found.faults.append(Fault(path.stem, item.n, run or None, path.name, what))
         elif wrong is not None:
-            found.faults.append(_fault(path, wrong, "", _run(item)))
+            found.faults.append(_fault(path, wrong, "", run or None))
+        elif not item.is_erased and told_by(item.private) is None:
+            found.faults.append(Fault(path.stem, item.n, run or None, path.name, "its private part is no JSON object"))
         if item.is_erased:
-            found.erased.append((item.n, _run(item)))
-        if _ERASURE in item.event:
-            found.erasures.append({"n": item.n, **orjson.loads(item.event)})
+            found.erased.append(Of(item.n, run, kind))
+        elif has_private(item):
+            found.private.append(Of(item.n, run, kind))
+        if kind == "erasure":
+            found.erasures.append((item.n, told))
         if item.offset < position.next_byte:
-            found.folded.append((path.stem, item.n, item.digest.decode()))
+            found.folded.append((path.stem, item.n, item.digest.decode(errors="replace")))
         found.events += 1
         size = item.offset + item.size
     found.last = chain.n
@@ -87,9 +105,5 @@ def _fault(path: Path, finding: Finding, place: str, run_id: str | None = None) 
     return Fault(path.stem, finding.n, run_id, path.name, what)
 
 
-def _run(line: Line) -> str | None:
-    try:
-        run = orjson.loads(line.event).get("run_id")
-    except (ValueError, AttributeError):
-        return None
-    return None if run is None else str(run)
+def _text(value: object) -> str:
+    return "" if value is None else str(value)

@@ -38,5 +38,9 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE log.heads ADD COLUMN number BIGINT",
         "ALTER TABLE log.heads ADD COLUMN previous VARCHAR",
     ),
+    4: (
+        # Archive files that were replaced or pruned, or do not count yet: only these are ever removed.
+        "CREATE TABLE log.expendable (file VARCHAR)",
+    ),
 }
 NEWEST = max(MIGRATIONS)

@@ -1,7 +1,7 @@
 """What becomes of past days: moved into Parquet files, or removed for good; the hash chain can be verified either way.
 
 Each step can be cut off by a kill: a Parquet file counts once `log.archives` names it, in the transaction that takes its events out
-of the database. What a killed process left behind is removed by the next one.
+of the database. What a killed process left behind is removed by the next one: files that the database says may go, and no others.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from agentkit.errors import UsageError
-from agentkit_tracking.runlog.blanking import blank, segment_files
+from agentkit_tracking.runlog.blanking import blank
 from agentkit_tracking.runlog.database import LogBusy, one, transaction
+from agentkit_tracking.runlog.segments import segment_files
 from agentkit_tracking.runlog.upkeep import (
     Progress,
     alone,
     archived,
     before,
+    counts,
+    expendable,
     give_back,
+    new_archive,
     parquet,
     quiet,
     remove_orphans,
@@ -66,9 +70,10 @@ def compact(log: RunLog, older_than_days: int, *, progress: Progress = quiet) ->
         for done, (day, expected) in enumerate(days):
             progress(done, len(days))
             rows = f"SELECT * FROM log.events WHERE {_on(day)}"
+            file = new_archive(log, day)
             with log.database.reading() as connection:
                 assert connection is not None
-                file, count, digest = write_archive(connection, rows, log.folder, day)
+                count, digest = write_archive(connection, rows, log.folder, file)
             _take_over(log, day, file, count, digest)
             assert count == expected  # nobody else is at it
             events += count
@@ -108,6 +113,7 @@ def prune(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> K
             connection.execute(
                 "DELETE FROM log.archives WHERE file IN (SELECT unnest(?::VARCHAR[]))", [[f for _, f in files]]
             )
+            expendable(connection, [file for _, file in files])
             connection.execute(f"DELETE FROM log.events WHERE {_until(first)}")
         _blank_in_files(log)
         size = 0
@@ -150,6 +156,7 @@ def _take_over(log: RunLog, day: date, file: str, count: int, digest: str) -> No
     """From now on the events of this day are those in the file."""
     with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
         connection.execute("INSERT INTO log.archives VALUES (?, ?, ?, ?, now())", [day, file, count, digest])
+        counts(connection, file)
         deleted = int(one(connection.execute(f"DELETE FROM log.events WHERE {_on(day)}")))
         if deleted != count:
             raise LogBusy(f"another program changed {day} in {log.database.path}; nothing was moved, try again")

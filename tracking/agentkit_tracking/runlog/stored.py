@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from agentkit_tracking.runlog.blanking import OF_CALLED
 from agentkit_tracking.runlog.database import one, quoted
 from agentkit_tracking.runlog.events import COLUMNS
 from agentkit_tracking.runlog.segments import START
@@ -23,7 +25,7 @@ _TYPES = json.dumps(COLUMNS)
 _TOLD = {
     **{name: f"k.told.{name}" for name in COLUMNS},
     **{
-        name: f"""CASE WHEN contains(k.private, '"{name}"') THEN CASE WHEN json_valid(k.private) THEN k.private->>'{name}' END END"""
+        name: f"""CASE WHEN contains(k.private, '"{name}"') AND json_valid(k.private) THEN CASE WHEN json_valid(k.private) THEN k.private->>'{name}' END END"""
         for name in ("user_hash", "session")
     },
 }
@@ -36,11 +38,11 @@ _COLUMN = " ".join(
 _CHECK = f"""
     SELECT k.place, k.segment, k.n, k.told.run_id AS run_id, CASE
         WHEN NOT coalesce(starts_with(k.event, '{{"id":"' || k.segment || '-' || k.n || '"'), false)
-            THEN 'what stands in its place is ' || coalesce('event ' || left(k.event->>'id', 60), 'no event')
+            THEN 'what stands in its place is ' || coalesce(CASE WHEN json_valid(k.event) THEN 'event ' || left(k.event->>'id', 60) END, 'no event')
         WHEN (k.n = 0 OR l.hash IS NOT NULL)
             AND sha256(CASE WHEN k.n = 0 THEN '{START}' ELSE l.hash END || k.event) IS DISTINCT FROM k.hash
             THEN 'it was changed: its hash does not follow from it and the event before'
-        WHEN k.private IS NULL AND e.run_id IS NULL THEN 'its private part was taken out, and no erasure says so'
+        WHEN k.private IS NULL AND (e.run_id IS NULL OR NOT e.is_whole AND coalesce(k.told.type NOT IN {OF_CALLED}, true)) THEN 'its private part was taken out, and no erasure says so'
         WHEN k.private IS NOT NULL AND sha256(k.salt || k.private) IS DISTINCT FROM left(right(k.event, 66), 64)
             THEN 'its private part was changed'
         {_COLUMN} END AS why, k.n > 0 AND l.hash IS NULL AS is_after_gap
@@ -101,6 +103,8 @@ def _is_whole(
     import duckdb
 
     try:
+        if (folder / file).exists() and not (folder / file).is_file():
+            raise OSError(errno.EINVAL, "something else stands there")
         with open(folder / file, "rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as e:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentkit.errors import UsageError
-from agentkit_tracking.runlog.database import LogBusy, lease, one, quoted
+from agentkit_tracking.runlog.database import LogBusy, lease, one, quoted, transaction
 from agentkit_tracking.runlog.events import COLUMNS
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ WHOLE = ", ".join(("segment", "n", *COLUMNS, "user_hash", "session", "event", "p
 ARCHIVE = "archive"
 _PATIENCE_S = 120.0  # for a fold or other upkeep to end
 _SCRATCH = ".scratch-"
+_OWN_SCRATCH = re.compile(rf"{re.escape(_SCRATCH)}([0-9a-f]{{20}}\.parquet|[0-9a-f]{{8}}(\.wal)?)")
+_SPILL = ".spill"  # where DuckDB puts what does not fit into memory
 _COPY = (
     f"COPY (SELECT {WHOLE} FROM ({{rows}}) ORDER BY segment, n) TO {{file}} "
     "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 65536)"
@@ -72,19 +76,37 @@ def before(older_than_days: int) -> date:
     return datetime.now(UTC).date() - timedelta(days=older_than_days)
 
 
-def write_archive(connection: duckdb.DuckDBPyConnection, rows: str, folder: Path, day: date) -> tuple[str, int, str]:
-    """Write what the query `rows` yields into a Parquet file of that day, and read it back.
+def new_archive(log: RunLog, day: date) -> str:
+    """The path, from the log's folder, of a file for that day; until it `counts`, whoever finds it removes it."""
+    name = f"{time.time_ns() // 1_000_000:012x}{os.urandom(4).hex()}.parquet"
+    file = f"{ARCHIVE}/day={day:%Y-%m-%d}/{name}"
+    with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
+        expendable(connection, [file])
+    return file
+
+
+def expendable(connection: duckdb.DuckDBPyConnection, files: list[str]) -> None:
+    """From this transaction on, these archives may be removed."""
+    connection.execute("INSERT INTO log.expendable SELECT unnest(?::VARCHAR[])", [files])
+
+
+def counts(connection: duckdb.DuckDBPyConnection, file: str) -> None:
+    """From this transaction on, this archive stays."""
+    connection.execute("DELETE FROM log.expendable WHERE file = ?", [file])
+
+
+def write_archive(connection: duckdb.DuckDBPyConnection, rows: str, folder: Path, file: str) -> tuple[int, str]:
+    """Write what the query `rows` yields into a Parquet file that `new_archive` named, and read it back.
 
     It is on the disk under its name when this returns, and counts only once `log.archives` names it.
 
     Returns:
-        Its path from `folder`, the number of its events, and its SHA-256.
+        The number of its events, and its SHA-256.
     """
-    place = folder / ARCHIVE / f"day={day:%Y-%m-%d}"
+    final = folder / file
+    place, scratch = final.parent, final.with_name(f"{_SCRATCH}{final.name}")
     place.mkdir(parents=True, exist_ok=True)
-    name = f"{time.time_ns() // 1_000_000:012x}{os.urandom(4).hex()}.parquet"
-    scratch = place / f"{_SCRATCH}{name}"
-    connection.execute(f"SET temp_directory = {quoted(folder / '.spill')}")
+    connection.execute(f"SET temp_directory = {quoted(folder / _SPILL)}")
     connection.execute(_COPY.format(rows=rows, file=quoted(scratch)))
     written = f"read_parquet({quoted(scratch)}, hive_partitioning = false)"
     sums = [
@@ -94,14 +116,13 @@ def write_archive(connection: duckdb.DuckDBPyConnection, rows: str, folder: Path
     if sums[0] != sums[1]:
         scratch.unlink()
         raise OSError(f"{scratch} does not hold what was written to it; nothing was deleted. Check the disk")
-    final = place / name
     _sync(scratch)
     os.replace(scratch, final)
     for parent in (place, place.parent):
         _sync(parent)
-    with open(final, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return str(final.relative_to(folder)), int(sums[0][0]), digest
+    with open(final, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    return int(sums[0][0]), digest
 
 
 def archived(connection: duckdb.DuckDBPyConnection) -> list[tuple[date, str, int, str]]:
@@ -116,17 +137,41 @@ def parquet(folder: Path, files: list[str]) -> str:
 
 
 def remove_orphans(log: RunLog) -> int:
-    """Remove files that a process which was killed left behind; for who is `alone`."""
+    """Remove files that a process which was killed left behind; for who is `alone`.
+
+    Of archives, only what the database says may go: it may be a new one, or an old one from a backup.
+    """
     with log.database.reading() as connection:
-        known = set() if connection is None else {file for _, file, _, _ in archived(connection)}
-    orphans = [p for p in (log.folder / ARCHIVE).glob("day=*/*") if str(p.relative_to(log.folder)) not in known]
-    orphans += log.folder.glob(f"{_SCRATCH}*")
+        unwanted = set() if connection is None else _expendable(connection)
+    orphans = [log.folder / file for file in unwanted if (log.folder / file).is_file()]
+    scratch = [*(log.folder / ARCHIVE).glob(f"day=*/{_SCRATCH}*"), *log.folder.glob(f"{_SCRATCH}*")]
+    orphans += [path for path in scratch if _OWN_SCRATCH.fullmatch(path.name)]
     for path in orphans:
         path.unlink(missing_ok=True)
-    for day in (log.folder / ARCHIVE).glob("day=*"):
+    shutil.rmtree(log.folder / _SPILL, ignore_errors=True)
+    for day in {path.parent for path in orphans if path.parent != log.folder}:
         with suppress(OSError):  # it is not empty
             day.rmdir()
     return len(orphans)
+
+
+def unknown_archives(connection: duckdb.DuckDBPyConnection | None, folder: Path) -> list[str]:
+    """Parquet files among the archives that the database does not name; they count for nobody, and nobody removes them."""
+    known: set[str] = set()
+    if connection is not None:
+        known = {file for _, file, _, _ in archived(connection)} | _expendable(connection)
+    found = {str(path.relative_to(folder)) for path in (folder / ARCHIVE).rglob("*.parquet")}
+    return sorted(file for file in found - known if not Path(file).name.startswith(_SCRATCH))
+
+
+def _expendable(connection: duckdb.DuckDBPyConnection) -> set[str]:
+    return {
+        file
+        for (file,) in connection.execute(
+            "SELECT file FROM log.expendable WHERE file NOT IN (SELECT file FROM log.archives)"
+        ).fetchall()
+        if file.startswith(f"{ARCHIVE}/") and ".." not in file
+    }
 
 
 def give_back(log: RunLog, deleted: int = 0, *, always: bool = False) -> int:

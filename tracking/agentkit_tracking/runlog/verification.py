@@ -7,18 +7,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from agentkit.errors import UsageError
 from agentkit_tracking.runlog import heads, stored
+from agentkit_tracking.runlog.blanking import OF_CALLED, Named, named
 from agentkit_tracking.runlog.database import one
-from agentkit_tracking.runlog.files import File, check_file
+from agentkit_tracking.runlog.files import File, Of, check_file
 from agentkit_tracking.runlog.folding import Position, positions
-from agentkit_tracking.runlog.segments import SUFFIX
+from agentkit_tracking.runlog.segments import SUFFIX, segment_files
 from agentkit_tracking.runlog.stored import Fault, Stored, missing
-from agentkit_tracking.runlog.upkeep import Progress, alone, quiet
+from agentkit_tracking.runlog.upkeep import Progress, alone, quiet, unknown_archives
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import duckdb
 
     from agentkit_tracking.keys import Trust
@@ -64,8 +65,9 @@ def verify(log: RunLog, *, strict: bool = False, checkpoint: str | None = None, 
     trust = keys.load_trust()
     with alone(log), log.database.reading() as connection:
         known = {} if connection is None else positions(connection)
-        paths = sorted(log.segments.glob(f"*{SUFFIX}"))
-        files = [check_file(path, known.get(path.stem) or Position(path.stem)) for path in paths]
+        paths = segment_files(log.segments)
+        files = [_checked(path, known.get(path.stem) or Position(path.stem)) for path in paths]
+        _check_folders(connection, log, paths, report)
         if connection is not None:
             _check_stored(connection, log, known, files, trust, strict, report, progress)
         elif wanted is not None:
@@ -79,6 +81,27 @@ def verify(log: RunLog, *, strict: bool = False, checkpoint: str | None = None, 
     return report
 
 
+def _checked(path: Path, position: Position) -> File:
+    try:
+        return check_file(path, position)
+    except OSError as e:
+        what = f"the file cannot be read: {e.strerror}"
+        return File(path.stem, faults=[Fault(path.stem, None, None, path.name, what)])
+
+
+def _check_folders(
+    connection: duckdb.DuckDBPyConnection | None, log: RunLog, paths: list[Path], report: Report
+) -> None:
+    """What lies there and belongs to nothing."""
+    for file in [] if log.database.is_shared else unknown_archives(connection, log.folder):
+        what = "an archive file that the database does not know: its events are seen by nobody, and an erasure does not reach it"
+        report.faults.append(Fault("archive", None, None, file, what))
+    names = {path.name for path in paths}
+    for path in sorted(log.segments.iterdir()) if log.segments.is_dir() else []:
+        if path.name not in names and not path.name.startswith("."):
+            report.remarks.append(f"{path.name!r} in {log.segments.name} is no segment, and was left alone")
+
+
 def _check_stored(
     connection: duckdb.DuckDBPyConnection, log: RunLog, known: dict[str, Position], files: list[File], trust: Trust,
     strict: bool, report: Report, progress: Progress,
@@ -86,7 +109,7 @@ def _check_stored(
     stored.open_kept(connection, log.folder, report.faults)
     signed_at = _check_heads(connection, trust, report)
     _check_pruned(connection, trust, report)
-    _erasures(connection, files, report)
+    erased = _erasures(connection, files, report)
     _table(connection, "ends", ((p.segment, p.n, p.hash) for p in known.values()))
     done = Stored()
     ranges = list(stored.batches(connection))
@@ -100,12 +123,13 @@ def _check_stored(
     if nameless:
         report.faults.append(Fault("database", None, None, "database", f"{nameless} rows name no segment and number"))
     _check_ends(done, known, signed_at, report)
+    here = {file.segment for file in files}
     for segment, position in known.items():
         is_here = not log.database.is_shared or position.host == socket.gethostname()
-        if position.state == "open" and is_here and not (log.segments / f"{segment}{SUFFIX}").exists():
+        if position.state == "open" and is_here and segment not in here:
             what = "its file is gone before it was folded to its end: what came next, if anything, is lost"
             report.faults.append(Fault(segment, position.n + 1, None, f"{segment}{SUFFIX}", what))
-    _check_against_files(connection, files, report)
+    _check_against_files(connection, files, erased, report)
     _findings(connection, report)
     _signed(done, signed_at, strict, report)
 
@@ -191,23 +215,67 @@ def _check_pruned(connection: duckdb.DuckDBPyConnection, trust: Trust, report: R
 # ---- erasures
 
 
-def _erasures(connection: duckdb.DuckDBPyConnection, files: list[File], report: Report) -> None:
+def _erasures(connection: duckdb.DuckDBPyConnection, files: list[File], report: Report) -> Named:
     """The runs that erasures name, as the table `erased`; what has no private part and is not among them is a fault."""
-    told = [
-        orjson.loads(row[0]) for row in connection.execute("SELECT event FROM kept WHERE type = 'erasure'").fetchall()
-    ]
-    fresh = {(file.segment, e["n"]): e for file in files for e in file.erasures}
-    runs = {run for e in [*told, *fresh.values()] for run in e.get("runs", ())}
-    connection.execute("CREATE TEMP TABLE erased (run_id VARCHAR)")
-    if runs:
-        connection.execute("INSERT INTO erased SELECT unnest(?)", [sorted(runs)])
-        gone, left = connection.execute(
-            "SELECT count(*) FILTER (private IS NULL), count(*) FILTER (private <> '{}') FROM kept "
-            "WHERE run_id IN (SELECT run_id FROM erased)"
-        ).fetchall()[0]
-        report.remarks.append(f"private parts of {gone} events of {len(runs)} runs were erased on request")
-        if left:
-            report.remarks.append(f"{left} events of erased runs still have theirs: run `agentkit log erase` again")
+    rows = connection.execute("SELECT segment, n, place, event FROM kept WHERE type = 'erasure'").fetchall()
+    told: dict[tuple[str, int], tuple[str, Any]] = {(segment, n): (place, event) for segment, n, place, event in rows}
+    told |= _in_files(files)
+    erased = _named(told, report)
+    connection.execute("CREATE TEMP TABLE erased (run_id VARCHAR, is_whole BOOLEAN)")
+    if erased == Named():
+        return erased
+    for runs, is_whole in ((erased.runs, True), (erased.callers, False)):
+        connection.execute("INSERT INTO erased SELECT unnest(?::VARCHAR[]), ?", [list(runs), is_whole])
+    gone = one(
+        connection.execute("SELECT count(*) FROM kept WHERE private IS NULL AND run_id IN (SELECT run_id FROM erased)")
+    )
+    of = f" of {len(erased.runs)} runs" + (f" and {len(erased.callers)} callers" if erased.callers else "")
+    report.remarks.append(f"private parts of {gone} events{of} were erased on request")
+    left = connection.execute(
+        "SELECT segment, n FROM kept WHERE private <> '{}' AND (run_id IN (SELECT run_id FROM erased WHERE is_whole) "
+        f"OR type IN {OF_CALLED} AND run_id IN (SELECT run_id FROM erased))"
+    ).fetchall()
+    _say_left({*left, *_left_in_files(files, erased)}, report)
+    return erased
+
+
+def _in_files(files: list[File]) -> dict[tuple[str, int], tuple[str, Any]]:
+    """The erasures on file: where, and the event."""
+    return {(f.segment, n): (f"{f.segment}{SUFFIX}", event) for f in files for n, event in f.erasures}
+
+
+def _named(told: dict[tuple[str, int], tuple[str, Any]], report: Report) -> Named:
+    """What all erasures together name; those that are not as they are written are faults."""
+    runs: set[str] = set()
+    callers: set[str] = set()
+    for (segment, n), (place, event) in sorted(told.items(), key=lambda item: str(item[0])):
+        erasure = None if event is None else named(event)
+        if erasure is None:
+            report.faults.append(Fault(segment, n, None, place, "an erasure that does not name runs as one does"))
+        else:
+            runs.update(erasure.runs)
+            callers.update(erasure.callers)
+    return Named(tuple(sorted(runs)), tuple(sorted(callers - runs)))
+
+
+def _left_in_files(files: list[File], erased: Named) -> set[tuple[str, int]]:
+    return {(file.segment, of.n) for file in files for of in _covered(file.private, erased)}
+
+
+def _covered(events: list[Of], erased: Named) -> list[Of]:
+    """Those whose private parts the erasures take out."""
+    runs, callers = set(erased.runs), set(erased.callers)
+    return [of for of in events if of.run_id in runs or (of.run_id in callers and of.type in OF_CALLED)]
+
+
+def _unexplained(file: File, erased: Named) -> list[Of]:
+    explained = set(_covered(file.erased, erased))
+    return [of for of in file.erased if of not in explained]
+
+
+def _say_left(left: set[tuple[str, int]], report: Report) -> None:
+    if left:
+        report.remarks.append(f"{len(left)} events of erased runs still have theirs: run `agentkit log erase` again")
 
 
 # ---- what the parts say of each other
@@ -227,7 +295,9 @@ def _check_ends(done: Stored, known: dict[str, Position], signed_at: dict[str, i
             report.faults.append(Fault(segment, first, None, "database", what))
 
 
-def _check_against_files(connection: duckdb.DuckDBPyConnection, files: list[File], report: Report) -> None:
+def _check_against_files(
+    connection: duckdb.DuckDBPyConnection, files: list[File], erased: Named, report: Report
+) -> None:
     _table(connection, "on_file", (row for file in files for row in file.folded))
     other = connection.execute(
         f"SELECT f.segment, f.n, k.run_id, k.place FROM on_file f JOIN kept k ON k.segment = f.segment AND k.n = f.n "
@@ -236,10 +306,10 @@ def _check_against_files(connection: duckdb.DuckDBPyConnection, files: list[File
     for segment, n, run_id, place in other:
         what = f"it is another event in its file ({segment}{SUFFIX}), which was folded there"
         report.faults.append(Fault(segment, n, run_id, place, what))
-    rows = [(file.segment, n, run or "") for file in files for n, run in file.erased]
+    rows = [(file.segment, of.n, of.run_id) for file in files for of in _unexplained(file, erased)]
     _table(connection, "blank", rows)
     unexplained = connection.execute(
-        "SELECT segment, n, hash FROM blank WHERE hash NOT IN (SELECT run_id FROM erased) AND NOT EXISTS "
+        "SELECT segment, n, hash FROM blank WHERE NOT EXISTS "
         "(SELECT 1 FROM good_pruned p WHERE p.segment = blank.segment AND n BETWEEN first_n AND last_n) ORDER BY ALL"
     ).fetchall()
     for segment, n, run in unexplained:
@@ -265,12 +335,12 @@ def _check_files(files: list[File], report: Report) -> None:
 
 def _check_erased(files: list[File], report: Report) -> None:
     """As nothing was ever folded, only the files can say what was erased."""
-    runs = {run for file in files for e in file.erasures for run in e.get("runs", ())}
+    erased = _named(_in_files(files), report)
     for file in files:
-        for n, run in file.erased:
-            if run not in runs:
-                what = "its private part was taken out, and no erasure says so"
-                report.faults.append(Fault(file.segment, n, run, f"{file.segment}{SUFFIX}", what))
+        for of in _unexplained(file, erased):
+            what = "its private part was taken out, and no erasure says so"
+            report.faults.append(Fault(file.segment, of.n, of.run_id or None, f"{file.segment}{SUFFIX}", what))
+    _say_left(_left_in_files(files, erased), report)
 
 
 def _findings(connection: duckdb.DuckDBPyConnection, report: Report) -> None:
