@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import resource
 from pathlib import Path
 
 import pytest
 from log_files import run, write
+from releases import python
 from typer.testing import CliRunner
 
 from agentkit.errors import UsageError
@@ -177,15 +177,18 @@ def test_what_is_folded_between_two_looks_is_followed(log: RunLog) -> None:
 
 
 def test_more_segments_than_files_may_be_open_are_followed(log: RunLog) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    log.close()
-    [segment] = log.segments.iterdir()
-    for n in range(300):
-        (log.segments / f"{n}.jsonl").write_bytes(segment.read_bytes())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
-    try:
-        with Follower(log) as follower:
-            write(log, run("new"))
-            assert [event["run_id"] for event in follower.new() if event["type"] == "outcome"] == ["new"]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for _ in range(120):
+        write(log, run("old"))
+        log.close()
+    script = """
+import resource, sys
+from pathlib import Path
+from agentkit_tracking.runlog import RunLog
+from agentkit_tracking.runlog.following import Follower
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+log = RunLog(Path(sys.argv[1]))
+with Follower(log) as follower:
+    log.write([({"type": "outcome", "run_id": "new"}, {})])
+    print([event["run_id"] for event in follower.new() if event["type"] == "outcome"])
+"""
+    assert python(script, log.folder) == "['new']\n"
