@@ -17,6 +17,24 @@ START_S = 180.0  # four workers import mlflow at once; 30 s on two idle cores
 
 
 @contextmanager
+def marimo_page(notebook: Path, log: Path, **environment: str) -> Iterator[str]:
+    """Serve a marimo notebook on loopback as an app, yield its address, stop it at the end; what it prints goes to `log`."""
+    url = f"http://127.0.0.1:{free_port()}"
+    log.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "marimo", "run", str(notebook), "--headless", "--no-token"]
+    with open(log, "w") as file:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", url.rpartition(":")[2]],
+            stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield url
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(20)
+
+
+@contextmanager
 def mlflow_server(
     home: Path, *extra_arguments: str, workers: int | None = None, prefix: str = "", **environment: str
 ) -> Iterator[str]:

@@ -5,9 +5,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 
 import pytest
 from approvals_desk import HOSTILE
-from servers import free_port
+from servers import marimo_page
 from test_control import own_control, plane, request_for  # noqa: F401
 from test_ui import browser, wait_for  # noqa: F401
 
@@ -72,22 +69,10 @@ ARGUMENTS, REASON = 0, 1
 
 @pytest.fixture
 def page(browser: Any, plane: ControlPlane, own_home: Path) -> Iterator[Page]:
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    own_home.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "marimo", "run", str(NOTEBOOK), "--headless", "--no-token"]
-    with open(own_home / "marimo.log", "w") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "AGENTKIT_AUTHOR": "ada"}, start_new_session=True,
-        )  # fmt: skip
-        try:
-            wait_for(lambda: urllib.request.urlopen(f"{url}/health", timeout=1).status == 200, 60)
-            browser.get(url)
-            yield Page(browser)
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(20)
+    with marimo_page(NOTEBOOK, own_home / "marimo.log", AGENTKIT_AUTHOR="ada") as url:
+        wait_for(lambda: urllib.request.urlopen(f"{url}/health", timeout=1).status == 200, 60)
+        browser.get(url)
+        yield Page(browser)
 
 
 def test_a_person_approves_changes_and_rejects(page: Page, plane: ControlPlane) -> None:

@@ -126,7 +126,7 @@ def test_a_log_is_folded_archived_and_verified_after_an_erasure_as_before(log: R
         "erasure._erase_in_files = die",
         "blanking.erase = die_at(2)",
         "erasure._erase_in_archives = die",
-        "erasure.write_archive = die",
+        "upkeep.write_archive = die",
         "Path.unlink = die",
         "erasure._erase_in_database = die",
         "erasure._settle = die",

@@ -183,7 +183,7 @@ def test_nothing_private_of_pruned_days_stays_in_a_file_that_is_still_written_to
         "retention._sign = die",
         "retention._blank_in_files = die",
         "Path.unlink = die",
-        "retention.remove_orphans = lambda log: (log.folder / 'again').exists() and die() or (log.folder / 'again').touch()",
+        "upkeep.remove_orphans = lambda log: (log.folder / 'again').exists() and die() or (log.folder / 'again').touch()",
     ],
     ids=["in the transaction", "before files are blanked", "before archives are removed", "before all is tidied"],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import CHROMIUM, DRIVER, SOAK
 from log_data import fill, make_log
-from servers import free_port
+from servers import marimo_page
 from test_ui import FLAGS, wait_for
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "operations.py"
@@ -46,26 +45,14 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture
 def opened(browser: Any, own_home: Path) -> Iterator[Callable[[], Any]]:
     """Serves the notebook on what is in the home, and opens it."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    own_home.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "marimo", "run", str(NOTEBOOK), "--headless", "--no-token"]
-    with open(own_home / "marimo.log", "w") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
-            stdout=log, stderr=subprocess.STDOUT, env=os.environ.copy(), start_new_session=True,
-        )  # fmt: skip
+    with marimo_page(NOTEBOOK, own_home / "marimo.log") as url:
 
         def open_page() -> Any:
             wait_for(lambda: urllib.request.urlopen(f"{url}/health", timeout=1).status == 200, 60)
             browser.get(url)
             return browser
 
-        try:
-            yield open_page
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(20)
+        yield open_page
     said = (own_home / "marimo.log").read_text()
     assert "Traceback" not in said, said
 

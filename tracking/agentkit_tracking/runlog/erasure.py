@@ -13,26 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from agentkit.errors import UsageError
 from agentkit_tracking.home import author
-from agentkit_tracking.runlog import reading
+from agentkit_tracking.runlog import reading, upkeep
 from agentkit_tracking.runlog.blanking import OF_CALLED, Named, blank, named, told_by
 from agentkit_tracking.runlog.database import one, transaction
 from agentkit_tracking.runlog.segments import ERASED_SALT, segment_files
 from agentkit_tracking.runlog.trace_erasure import delete_traces
-from agentkit_tracking.runlog.upkeep import (
-    WHOLE,
-    Progress,
-    alone,
-    archived,
-    counts,
-    expendable,
-    give_back,
-    new_archive,
-    parquet,
-    quiet,
-    remove_orphans,
-    upkeep_is_ours,
-    write_archive,
-)
 
 if TYPE_CHECKING:
     import duckdb
@@ -68,7 +53,7 @@ def erase_user(
     user_hash: str | None = None,
     why: str,
     by: str | None = None,
-    progress: Progress = quiet,
+    progress: upkeep.Progress = upkeep.quiet,
 ) -> Erased:
     """Take out what runs for a user, the runs these called, and what people said of them hold of people's text.
 
@@ -92,10 +77,10 @@ def erase_user(
     pseudonym = _pseudonym(user, user_hash)
     if not why.strip():
         raise UsageError("an erasure is recorded with why: give a reason, without naming the person")
-    upkeep_is_ours(log)
+    upkeep.upkeep_is_ours(log)
     log.fold()
-    with alone(log):
-        remove_orphans(log)
+    with upkeep.alone(log):
+        upkeep.remove_orphans(log)
         with reading.connection(log) as connection:
             doomed, roots = _doomed(connection, pseudonym)
         progress(0, 5)
@@ -211,28 +196,28 @@ def _erase_in_archives(log: RunLog, doomed: Named) -> int:
     """Write archives that have something to take out anew; the old file goes when nobody reads it any more."""
     count = 0
     with log.database.reading() as connection:
-        archives = [] if connection is None else archived(connection)
+        archives = [] if connection is None else upkeep.archived(connection)
     for day, file, *_ in archives:
-        source = parquet(log.folder, [file])
+        source = upkeep.parquet(log.folder, [file])
         with log.database.reading() as connection:
             assert connection is not None
             _table(connection, doomed)
             found = int(one(connection.execute(f"SELECT count(*) FROM {source} WHERE {_HAVE}")))
         if not found:
             continue
-        new = new_archive(log, day)
+        new = upkeep.new_archive(log, day)
         with log.database.reading() as connection:
             assert connection is not None
             _table(connection, doomed)
-            events, digest = write_archive(connection, _without(source), log.folder, new)
+            events, digest = upkeep.write_archive(connection, _without(source), log.folder, new)
         with log.database.writing(_PATIENCE_S) as connection:
             with transaction(connection):
                 connection.execute(
                     "UPDATE log.archives SET file = ?, events = ?, sha256 = ?, archived_at = now() WHERE file = ?",
                     [new, events, digest, file],
                 )
-                counts(connection, new)
-                expendable(connection, [file])
+                upkeep.counts(connection, new)
+                upkeep.expendable(connection, [file])
             (log.folder / file).unlink()  # here, where no reader is
         count += found
     return count
@@ -242,7 +227,7 @@ def _without(source: str) -> str:
     """All rows of a source, those of `doomed` runs without what is private."""
     blanked = {"user_hash": "NULL", "session": "NULL", "private": "NULL", "salt": f"'{ERASED_SALT.decode()}'"}
     changed = ", ".join(f"CASE WHEN {_HAVE} THEN {value} ELSE {name} END AS {name}" for name, value in blanked.items())
-    return f"SELECT * REPLACE ({changed}) FROM (SELECT {WHOLE} FROM {source})"
+    return f"SELECT * REPLACE ({changed}) FROM (SELECT {upkeep.WHOLE} FROM {source})"
 
 
 def _erase_in_database(log: RunLog, doomed: Named) -> int:
@@ -260,8 +245,8 @@ def _erase_in_database(log: RunLog, doomed: Named) -> int:
 
 def _settle(log: RunLog) -> None:
     """Leave nothing readable behind: DuckDB keeps what was overwritten until its file is written anew."""
-    give_back(log, always=True)
-    remove_orphans(log)
+    upkeep.give_back(log, always=True)
+    upkeep.remove_orphans(log)
 
 
 _DOOMED = "CREATE TEMP TABLE doomed (run_id VARCHAR, is_whole BOOLEAN)"

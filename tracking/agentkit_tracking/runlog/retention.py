@@ -11,24 +11,10 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from agentkit.errors import UsageError
+from agentkit_tracking.runlog import upkeep
 from agentkit_tracking.runlog.blanking import blank
 from agentkit_tracking.runlog.database import LogBusy, one, transaction
 from agentkit_tracking.runlog.segments import segment_files
-from agentkit_tracking.runlog.upkeep import (
-    Progress,
-    alone,
-    archived,
-    before,
-    counts,
-    expendable,
-    give_back,
-    new_archive,
-    parquet,
-    quiet,
-    remove_orphans,
-    upkeep_is_ours,
-    write_archive,
-)
 
 if TYPE_CHECKING:
     import duckdb
@@ -48,7 +34,7 @@ class Kept:
     archive_bytes: int = 0
 
 
-def compact(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> Kept:
+def compact(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upkeep.quiet) -> Kept:
     """Move whole past days (UTC, by when they were logged) from the database into `archive/day=…/….parquet`.
 
     Queries, `verify` and erasures see archived events as before.
@@ -61,29 +47,29 @@ def compact(log: RunLog, older_than_days: int, *, progress: Progress = quiet) ->
         UsageError: the number of days is negative.
     """
     first = _first_kept(older_than_days)
-    upkeep_is_ours(log)
+    upkeep.upkeep_is_ours(log)
     log.fold()
     events = archive_bytes = 0
-    with alone(log):
-        remove_orphans(log)
+    with upkeep.alone(log):
+        upkeep.remove_orphans(log)
         days = _days(log, first)
         for done, (day, expected) in enumerate(days):
             progress(done, len(days))
             rows = f"SELECT * FROM log.events WHERE {_on(day)}"
-            file = new_archive(log, day)
+            file = upkeep.new_archive(log, day)
             with log.database.reading() as connection:
                 assert connection is not None
-                count, digest = write_archive(connection, rows, log.folder, file)
+                count, digest = upkeep.write_archive(connection, rows, log.folder, file)
             _take_over(log, day, file, count, digest)
             assert count == expected  # nobody else is at it
             events += count
             archive_bytes += (log.folder / file).stat().st_size
         progress(len(days), len(days))
-        freed = give_back(log, events) if days else 0
+        freed = upkeep.give_back(log, events) if days else 0
     return Kept(len(days), events, freed, archive_bytes)
 
 
-def prune(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> Kept:
+def prune(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upkeep.quiet) -> Kept:
     """Remove whole past days for good, from the database and the archive.
 
     A signed row says which events are gone and from which hash the chain goes on.
@@ -95,14 +81,14 @@ def prune(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> K
     from agentkit_tracking import keys
 
     first = _first_kept(older_than_days)
-    upkeep_is_ours(log)
+    upkeep.upkeep_is_ours(log)
     log.fold()
-    with alone(log):
-        remove_orphans(log)
+    with upkeep.alone(log):
+        upkeep.remove_orphans(log)
         with log.database.reading() as connection:
             if connection is None:
                 return Kept()
-            files = [(day, file) for day, file, _, _ in archived(connection) if day < first]
+            files = [(day, file) for day, file, _, _ in upkeep.archived(connection) if day < first]
         progress(0, len(files) + 1)
         key = keys.signing_key()
         with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
@@ -113,7 +99,7 @@ def prune(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> K
             connection.execute(
                 "DELETE FROM log.archives WHERE file IN (SELECT unnest(?::VARCHAR[]))", [[f for _, f in files]]
             )
-            expendable(connection, [file for _, file in files])
+            upkeep.expendable(connection, [file for _, file in files])
             connection.execute(f"DELETE FROM log.events WHERE {_until(first)}")
         _blank_in_files(log)
         size = 0
@@ -121,8 +107,8 @@ def prune(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> K
             size += (log.folder / file).stat().st_size if (log.folder / file).exists() else 0
             (log.folder / file).unlink(missing_ok=True)
             progress(done, len(files) + 1)
-        remove_orphans(log)
-        freed = give_back(log, events) if events else 0
+        upkeep.remove_orphans(log)
+        freed = upkeep.give_back(log, events) if events else 0
         progress(len(files) + 1, len(files) + 1)
     return Kept(days, events, freed + size)
 
@@ -130,7 +116,7 @@ def prune(log: RunLog, older_than_days: int, *, progress: Progress = quiet) -> K
 def _first_kept(older_than_days: int) -> date:
     if older_than_days < 0:
         raise UsageError(f"days older than {older_than_days} are in the future; give 0 or more")
-    return before(older_than_days)
+    return upkeep.before(older_than_days)
 
 
 def _on(day: date) -> str:
@@ -156,7 +142,7 @@ def _take_over(log: RunLog, day: date, file: str, count: int, digest: str) -> No
     """From now on the events of this day are those in the file."""
     with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
         connection.execute("INSERT INTO log.archives VALUES (?, ?, ?, ?, now())", [day, file, count, digest])
-        counts(connection, file)
+        upkeep.counts(connection, file)
         deleted = int(one(connection.execute(f"DELETE FROM log.events WHERE {_on(day)}")))
         if deleted != count:
             raise LogBusy(f"another program changed {day} in {log.database.path}; nothing was moved, try again")
@@ -172,7 +158,7 @@ def _gone(connection: duckdb.DuckDBPyConnection, log: RunLog, files: list[str], 
         raise UsageError(f"the archive {missing[0]} is gone; see `agentkit log verify`, and restore it from a backup")
     sources = [f"SELECT segment, n, hash, logged_at FROM log.events WHERE {_until(first)}"]
     if files:
-        sources.append(f"SELECT segment, n, hash, logged_at FROM {parquet(log.folder, files)}")
+        sources.append(f"SELECT segment, n, hash, logged_at FROM {upkeep.parquet(log.folder, files)}")
     connection.execute(f"CREATE TEMP TABLE gone AS {' UNION ALL '.join(sources)}")
     return connection.execute(
         "SELECT segment, min(n), max(n), arg_max(hash, n) FROM "
