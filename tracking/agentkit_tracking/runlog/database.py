@@ -62,21 +62,14 @@ class Database:
         if not self.path.exists() or self._is_blank():
             yield None
             return
-        with self._in_room(alone=False, patience=_PATIENCE_S), connected() as connection:
-            _attach(connection, self.path, " (READ_ONLY)", _PATIENCE_S)
-            if version(connection) < NEWEST:
-                connection.execute("DETACH log")
-                stale = True
-            else:
-                stale = False
-            if not stale:
-                yield connection
-                return
-        with self.writing(_PATIENCE_S):
-            pass  # brings it up to date
-        with self._in_room(alone=False, patience=_PATIENCE_S), connected() as connection:
-            _attach(connection, self.path, " (READ_ONLY)", _PATIENCE_S)
-            yield connection
+        while True:
+            with self._in_room(alone=False, patience=_PATIENCE_S), connected() as connection:
+                _attach(connection, self.path, " (READ_ONLY)", _PATIENCE_S)
+                if version(connection) == NEWEST:
+                    yield connection
+                    return
+            with self.writing(_PATIENCE_S):
+                pass  # brings it up to date
 
     @contextmanager
     def writing(self, patience: float = _FOLDER_PATIENCE_S) -> Iterator[duckdb.DuckDBPyConnection]:

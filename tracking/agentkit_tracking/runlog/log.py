@@ -62,7 +62,7 @@ class RunLog:
             LogUnwritable: nothing of it was written; earlier events are untouched.
         """
         known = self._known.get(record.run_id)
-        self._write(events.finished(record, known, self._keep))
+        self._own().append(events.finished(record, known, self._keep))
         self._known.pop(record.run_id, None)
         if self._sync != "off" and record.kind not in REHEARSALS:
             self._own().sync()
@@ -76,7 +76,7 @@ class RunLog:
         new = [] if run.run_id in self._known else [events.began(run, self._keep)]
         new += [events.stepped(run, step, number, self._keep) for number, step in steps if step.run is None]
         if new:
-            self._write(new)
+            self._own().append(new)
         self._known.setdefault(run.run_id, set()).update(number for number, _ in steps)
         if self._sync == "step":
             self._own().sync()
@@ -87,9 +87,6 @@ class RunLog:
         if sync and self._sync != "off":
             self._own().sync()
         return ids
-
-    def _write(self, new: Sequence[Event]) -> None:
-        self._own().append(new)
 
     @cached_property
     def _keep(self) -> Any:
