@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,19 @@ from agentkit.systems import System
 from agentkit_pipelines import chaos
 
 ORDER, DATABASE, DONE, LOG = "order.json", "durable.db", "done.txt", "worker.log"
-_READY = "ready"
-_BETWEEN_S = (0.05, 2.5)  # from the first run's begin to the kill
+_LONGEST_S = 60.0  # from a run's begin to the kill
 
 
 def rehearse(
     system: System, examples: Sequence[Example], kills: int, folder: Path, *, seed: int = 0
 ) -> tuple[pl.DataFrame, int]:
-    """Run the examples as durable runs while the worker is killed (SIGKILL) at random times, then let it finish.
+    """Run the examples as durable runs while the worker is killed (SIGKILL) within runs, then let it finish.
 
-    Needs the extra `durable` and a registered release. A run that was under way at a kill counts as hit.
+    Needs the extra `durable` and a registered release. Which run, and when within the time it took without a fault, is
+    random. A run that was under way at a kill counts as hit.
 
     Returns:
-        Rows as of `chaos.rehearse`, fault `kill`; and how many kills there were: fewer than asked for where the worker was
+        Rows as of `chaos.rehearse`, fault `kill`; and how many kills hit a run: fewer than asked for where the worker was
         done before.
 
     Raises:
@@ -50,30 +51,40 @@ def rehearse(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ORDER).write_text(json.dumps({"release": system.release, "cases": cases}), encoding="utf-8")
     (folder / DONE).write_text("")
-    hit, made = _killed(folder, list(ids.values()), kills, random.Random(seed))
+    lasts = {ids[name]: min(record.seconds - record.waited_s, _LONGEST_S) for name, record in calm.items()}
+    hit, made = _killed(folder, lasts, kills, random.Random(seed))
     return pl.DataFrame([_row(system, e, calm[e.id], ids[e.id], hit) for e in examples], infer_schema_length=None), made
 
 
-def _killed(folder: Path, ids: Sequence[str], kills: int, rng: random.Random) -> tuple[list[str], int]:
-    """Which runs were under way at a kill, and how many kills there were."""
+def _killed(folder: Path, lasts: Mapping[str, float], kills: int, rng: random.Random) -> tuple[list[str], int]:
+    """Which runs were under way at a kill, and how many kills hit one; `lasts` has the seconds a run takes."""
     hit: list[str] = []
-    for made in range(kills):
+    made = 0
+    while made < kills and (left := [run_id for run_id in lasts if run_id not in _done(folder)]):
+        fresh = [run_id for run_id in left if run_id not in hit] or left
+        # Early enough to leave a run for every kill to come; a kill that falls between two runs is made again.
+        victim = fresh[rng.randrange(max(1, len(fresh) - (kills - made) + 1))]
         worker = _started(folder)
-        time.sleep(rng.uniform(*_BETWEEN_S))
-        if worker.poll() is not None:
-            _check(worker, folder)
-            return hit, made
-        worker.kill()
-        worker.wait()
-        hit += _under_way(folder, ids)
-    worker = _started(folder)
-    _check(worker, folder)
-    return hit, kills
+        begun = _begun(worker, victim)
+        if begun:
+            time.sleep(rng.uniform(0, lasts[victim]))
+            worker.kill()
+        _check(worker, folder, killed=begun)
+        if found := _under_way(folder, list(lasts)):
+            hit += found
+            made += 1
+    _check(_started(folder), folder)
+    return hit, made
 
 
-def _check(worker: subprocess.Popen[str], folder: Path) -> None:
-    if worker.wait() != 0:
+def _check(worker: subprocess.Popen[str], folder: Path, *, killed: bool = False) -> None:
+    worker.communicate()
+    if worker.returncode and not (killed and worker.returncode == -signal.SIGKILL):
         raise AgentkitError(f"the worker of the durable runs failed; see {folder / LOG}")
+
+
+def _done(folder: Path) -> set[str]:
+    return set((folder / DONE).read_text(encoding="utf-8").split())
 
 
 def _under_way(folder: Path, ids: Sequence[str]) -> list[str]:
@@ -89,14 +100,15 @@ def _under_way(folder: Path, ids: Sequence[str]) -> list[str]:
 
 
 def _started(folder: Path) -> subprocess.Popen[str]:
-    """A worker whose first run has begun, or which is done."""
     with open(folder / LOG, "a", encoding="utf-8") as log:
         command = [sys.executable, "-m", __name__, str(folder)]
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def _begun(worker: subprocess.Popen[str], run_id: str) -> bool:
+    """Wait until the worker begins this run; false if it ended before."""
     assert worker.stdout is not None
-    if worker.stdout.readline().strip() != _READY and worker.wait() != 0:
-        raise AgentkitError(f"the worker of the durable runs did not start; see {folder / LOG}")
-    return worker
+    return any(line.strip() == run_id for line in worker.stdout)
 
 
 def _row(system: System, example: Example, calm: RunRecord, run_id: str, hit: Sequence[str]) -> dict[str, Any]:
@@ -146,13 +158,13 @@ def work(folder: Path) -> None:
     from agentkit_tracking import durable
 
     order = json.loads((folder / ORDER).read_text(encoding="utf-8"))
-    done = set((folder / DONE).read_text().split())
+    done = _done(folder)
     with durable.Runner(f"sqlite:///{folder / DATABASE}", approver=lambda request: False) as runner:
         for case in order["cases"]:
             if case["run_id"] in done:
                 continue
             handle = runner.start(order["release"], case["inputs"], run_id=case["run_id"], kind="chaos")
-            print(_READY, flush=True)
+            print(case["run_id"], flush=True)
             handle.result()
             with open(folder / DONE, "a") as file:
                 file.write(f"{case['run_id']}\n")
