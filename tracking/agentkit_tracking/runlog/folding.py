@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,12 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentkit_tracking.runlog import legacy
-from agentkit_tracking.runlog.database import Database, LogBusy, lease, transaction
+from agentkit_tracking.runlog import lake_upkeep, legacy
+from agentkit_tracking.runlog.database import Database, LogBusy, lease, one, transaction
 from agentkit_tracking.runlog.events import COLUMNS
+from agentkit_tracking.runlog.lake import Lake
 from agentkit_tracking.runlog.segments import (
     EVENT,
     HASH,
+    ID_SIZE,
     PRIVATE,
     SALT,
     START,
@@ -40,25 +43,27 @@ if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
 
-BATCH = 122_880  # events in one transaction, a row group of DuckDB: how long readers wait; in memory twice
-_CHUNK = 32 << 20  # bytes read at once
+# Events in one transaction, which readers wait for; in memory twice. A row group of DuckDB: of others, checkpoints make new
+# ones, which took a third of a fold.
+BATCH = 122_880
+_CHUNK = 8 << 20  # bytes read at once
 # Whether a process lives can be told on its own machine only; one that is silent for so long counts as ended.
 _FOREIGN_S = 7 * 86_400
 _ROWS = 16_384  # of an Arrow batch: DuckDB gives each to a thread
 _CLOSED = b'"type":"segment","name":"closed"'
-_TYPES = json.dumps(COLUMNS)
+_WHAT, _WHO = json.dumps({"id": "VARCHAR", **COLUMNS}), json.dumps({"user_hash": "VARCHAR", "session": "VARCHAR"})
 
-_GOOD = (
-    "json_valid(event) AND json_valid(private)"  # else one line that agentkit has not written would spoil every query
-)
-# From lines of segments, as `as_table` gives them, to rows of `events`.
+# From lines of segments, as `as_table` gives them, to rows of `events`. What agentkit has not written may be no JSON: one such
+# row would spoil every query.
+_READ = f"""
+    SELECT segment, event, private, salt, hash, TRY(json_transform(event, '{_WHAT}')) AS what,
+        TRY(json_transform(private, '{_WHO}')) AS who, what IS NOT NULL AND (who IS NOT NULL OR private LIKE 'null%') AS is_json
+    FROM lines
+"""
 ROWS = f"""
-    SELECT segment, TRY_CAST(split_part(left(event, 64), '"', 4).split_part('-', 2) AS BIGINT) AS n,
-        unnest(json_transform(event, '{_TYPES}')),
-        CASE WHEN contains(private, '"user_hash"') THEN private->>'user_hash' END AS user_hash,
-        CASE WHEN contains(private, '"session"') THEN private->>'session' END AS session,
-        event, CASE WHEN rtrim(private) <> 'null' THEN private END AS private, salt, hash
-    FROM lines WHERE {_GOOD}
+    SELECT segment, TRY_CAST(substring(what.id, {ID_SIZE + 2}) AS BIGINT) AS n, {", ".join(f"what.{name}" for name in COLUMNS)},
+        who.user_hash, who.session, event, CASE WHEN private NOT LIKE 'null%' THEN private END AS private, salt, hash
+    FROM ({_READ}) WHERE is_json
 """
 
 
@@ -107,6 +112,8 @@ def _fold(folder: Path, database: Database) -> Folded:
     try:
         with database.reading() as connection:
             known = {} if connection is None else positions(connection)
+            if connection is not None and isinstance(database, Lake):
+                lake_upkeep.catch_up(database, folder, connection)
         for batch in _ahead(_batches(folder, known)):
             with database.writing() as connection:
                 database.retrying(partial(_store_whole, connection, batch, appends_only=database.is_shared))
@@ -154,7 +161,7 @@ def _batches(folder: Path, known: dict[str, Position]) -> Iterator[list[Part]]:
     size = 0
     for path in segment_files(folder):
         with suppress(SegmentGone):
-            for part in parts(path, known.get(path.stem) or Position(path.stem)):
+            for part in parts(path, known.get(path.stem) or Position(path.stem), room=lambda: BATCH - size):
                 batch.append(part)
                 size += len(part.places[0])
                 if size >= BATCH:
@@ -168,8 +175,14 @@ class SegmentGone(Exception):
     """A segment was folded and removed by another process just now."""
 
 
-def parts(path: Path, position: Position, *, check: bool = True) -> Iterator[Part]:
+def parts(
+    path: Path, position: Position, *, check: bool = True, room: Callable[[], int] = lambda: sys.maxsize
+) -> Iterator[Part]:
     """What a segment holds beyond a position, in stretches.
+
+    Args:
+        check: whether hashes are to follow from each other.
+        room: how many events the next stretch may have.
 
     Raises:
         SegmentGone: it is not there any more.
@@ -186,26 +199,28 @@ def parts(path: Path, position: Position, *, check: bool = True) -> Iterator[Par
     except FileNotFoundError as e:
         raise SegmentGone(path) from e
     with opened:
-        opened.seek(position.next_byte)
-        rest, start = b"", position.next_byte
+        start, size = position.next_byte, _CHUNK
         while True:
-            chunk = opened.read(_CHUNK)
-            content = rest + chunk
-            end = content.rfind(b"\n") + 1
-            rest, content = content[end:], content[:end]
-            is_first = start == 0
-            places, findings = scan(content, start, chain, check=check, segment=path.stem)
-            if not _is_text(content):
+            opened.seek(start)  # again what was unfinished, or too much for the batch
+            content = opened.read(size)
+            is_all = len(content) < size
+            if b"\n" not in content and not is_all:
+                size *= 2  # for one long line
+                continue
+            is_first, size = start == 0, _CHUNK
+            places, findings, end = scan(content, start, chain, check=check, segment=path.stem, most=room())
+            if not _is_text(memoryview(content)[:end]):
                 places = _only_text(content, start, places, findings)
             starts, _, ends = places
             start += end
-            at_end = len(chunk) < _CHUNK
+            rest = len(content) - end
+            at_end = is_all and b"\n" not in content[end:]
             state, torn = "open", 0
             if starts and not rest and _CLOSED in content[starts[-1] : starts[-1] + 400]:
                 state = "closed"
             host, pid = _opened(content[starts[0] : ends[0]]) if is_first and starts else (position.host, position.pid)
             if state == "open" and at_end and not live and (host == socket.gethostname() or age_s > _FOREIGN_S):
-                state, torn = "ended", len(rest)
+                state, torn = "ended", rest
             position = Position(position.segment, start, chain.n, chain.digest.decode(), state, host, pid, torn)
             if starts or findings or state != "open":
                 yield Part(position, content, places, findings)
@@ -213,9 +228,9 @@ def parts(path: Path, position: Position, *, check: bool = True) -> Iterator[Par
                 return
 
 
-def _is_text(content: bytes) -> bool:
+def _is_text(content: bytes | memoryview) -> bool:
     try:
-        content.decode()
+        str(content, "utf-8")
     except UnicodeDecodeError:
         return False
     return True
@@ -296,10 +311,12 @@ def _store_whole(connection: duckdb.DuckDBPyConnection, batch: list[Part], *, ap
 
 def _store(connection: duckdb.DuckDBPyConnection, batch: list[Part], appends_only: bool = False) -> None:
     """`appends_only`: with other machines, whose transactions conflict with a deletion but not with an insertion."""
-    connection.register("lines", as_table(batch))
+    table = as_table(batch)
+    connection.register("lines", table)
     columns = "segment, n, " + ", ".join(COLUMNS) + ", user_hash, session, event, private, salt, hash"
-    connection.execute(f"INSERT INTO log.events ({columns}) {ROWS}")
-    bad = connection.execute(f"SELECT segment, left(event, 60) FROM lines WHERE NOT ({_GOOD})").fetchall()
+    bad = []
+    if one(connection.execute(f"INSERT INTO log.events ({columns}) {ROWS}")) < table.num_rows:
+        bad = connection.execute(f"SELECT segment, left(event, 60) FROM ({_READ}) WHERE NOT is_json").fetchall()
     connection.unregister("lines")
     latest = {part.after.segment: part.after for part in batch}
     now = datetime.now(UTC)

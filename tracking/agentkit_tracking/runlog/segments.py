@@ -17,6 +17,7 @@ import errno
 import hashlib
 import os
 import re
+import sys
 import threading
 import time
 import zlib
@@ -40,7 +41,8 @@ _DEEPEST = 200  # levels of nesting; orjson takes 254
 _HEAD = 34
 HASH, SALT, EVENT = slice(42, 106), slice(116, 148), 158
 PRIVATE = b',"private":'
-_NAME = re.compile(r"[0-9a-f]{20}\.jsonl")
+ID_SIZE = 20
+_NAME = re.compile(rf"[0-9a-f]{{{ID_SIZE}}}\.jsonl")
 _SALTS = 16 * 256  # random bytes fetched at once; asking the system for each event costs as much as the hash
 
 Event = tuple[dict[str, Any], dict[str, Any]]  # what happened, and what of it is private
@@ -299,8 +301,8 @@ def parse(raw: bytes, offset: int = 0) -> Line:
 def _broken(content: bytes, start: int, end: int) -> str | None:
     """Why the bytes from `start` to `end` are no line as it was written; None if they are."""
     body = start + _HEAD
-    size = content[start + 7 : start + 16].strip()
-    if content[start : start + 7] != b'{"len":' or not size.isdigit():
+    size = content[start + 7 : start + 16].lstrip(b" ")
+    if content[start : start + 7] != b'{"len":' or not size.isdigit() or size[:1] == b"0":
         return "no length"
     if int(size) != end - body:
         return f"{end - body} bytes where {int(size)} were written"
@@ -325,16 +327,20 @@ Places = tuple[list[int], list[int], list[int]]  # where lines begin, where thei
 
 
 def scan(
-    content: bytes, offset: int, chain: Chain, *, check: bool, segment: str | None = None
-) -> tuple[Places, list[Finding]]:
+    content: bytes, offset: int, chain: Chain, *, check: bool, segment: str | None = None, most: int = sys.maxsize
+) -> tuple[Places, list[Finding], int]:
     """Where the good lines in `content` are, and what is wrong; as `lines` and `Chain`, for many at once.
 
-    Private parts are not compared with their hashes: that is for whoever verifies.
+    Private parts are not compared with their hashes: that is for whoever verifies. An unfinished line at the end is left out.
 
     Args:
-        content: whole lines, which stand at `offset` in their file.
+        content: lines, which stand at `offset` in their file.
         check: whether hashes are to follow from each other.
         segment: whose id every event must have.
+        most: good lines to take.
+
+    Returns:
+        Places in `content`, findings, and where in `content` the next line begins.
     """
     starts: list[int] = []
     splits: list[int] = []
@@ -343,7 +349,7 @@ def scan(
     find, crc32, sha256, view = content.find, zlib.crc32, hashlib.sha256, memoryview(content)
     identity = b'{"id":"' + (b"" if segment is None else segment.encode() + b"-")
     digest, n, start, follows = chain.digest, chain.n, 0, not chain.has_gap
-    while (end := find(b"\n", start)) >= 0:
+    while (end := find(b"\n", start)) >= 0 and len(starts) < most:
         split = find(PRIVATE, start + EVENT, end)
         body = start + _HEAD
         if split > 0 and not _is_id(content, start + EVENT, identity):
@@ -368,7 +374,7 @@ def scan(
             follows = False
         start = end + 1
     chain.n, chain.digest, chain.has_gap = n, digest, not follows
-    return (starts, splits, ends), findings
+    return (starts, splits, ends), findings, start
 
 
 def _is_id(content: bytes, place: int, identity: bytes) -> bool:
