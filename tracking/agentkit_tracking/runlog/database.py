@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,6 +258,15 @@ def transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
             connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
+
+
+def insert(connection: duckdb.DuckDBPyConnection, table: str, columns: str, rows: Sequence[Sequence[Any]]) -> None:
+    """Insert rows in one statement: of `executemany`, each takes DuckDB a millisecond."""
+    if rows:
+        values = ", ".join("unnest(?)" for _ in rows[0])
+        connection.execute(
+            f"INSERT INTO {table} ({columns}) SELECT {values}", [list(column) for column in zip(*rows, strict=True)]
+        )
 
 
 def one(result: Any) -> Any:

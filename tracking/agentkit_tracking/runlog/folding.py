@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentkit_tracking.runlog import lake_upkeep, legacy
-from agentkit_tracking.runlog.database import Database, LogBusy, lease, one, transaction
+from agentkit_tracking.runlog.database import Database, LogBusy, insert, lease, one, transaction
 from agentkit_tracking.runlog.events import COLUMNS
 from agentkit_tracking.runlog.lake import Lake
 from agentkit_tracking.runlog.segments import (
     EVENT,
     HASH,
+    ID,
     ID_SIZE,
     PRIVATE,
     SALT,
@@ -159,9 +160,13 @@ class Part:
 def _batches(folder: Path, known: dict[str, Position]) -> Iterator[list[Part]]:
     batch: list[Part] = []
     size = 0
+
+    def room() -> int:
+        return BATCH - size
+
     for path in segment_files(folder):
         with suppress(SegmentGone):
-            for part in parts(path, known.get(path.stem) or Position(path.stem), room=lambda: BATCH - size):
+            for part in parts(path, known.get(path.stem) or Position(path.stem), room=room):
                 batch.append(part)
                 size += len(part.places[0])
                 if size >= BATCH:
@@ -267,24 +272,24 @@ def as_table(parts: list[Part]) -> pa.Table:
     import numpy as np
     import pyarrow as pa
 
-    schema = pa.schema(
-        [("segment", pa.string()), *((name, pa.string_view()) for name in ("event", "private", "salt", "hash"))]
-    )
+    schema = pa.schema([(name, pa.string_view()) for name in ("segment", "event", "private", "salt", "hash")])
     batches = []
     for part in parts:
-        starts, splits, ends = (np.asarray(places, np.int64) for places in part.places)
-        for first in range(0, len(starts), _ROWS):
-            some = slice(first, first + _ROWS)
-            begin, split, end = starts[some], splits[some], ends[some]
-            texts = [
-                (begin + EVENT, split),
-                (split + len(PRIVATE), end - 1),
-                (begin + SALT.start, begin + SALT.stop),
-                (begin + HASH.start, begin + HASH.stop),
-            ]
-            segment = pa.repeat(pa.scalar(part.after.segment, pa.string()), len(begin))
-            batches.append(pa.record_batch([segment, *(_views(part.content, *place) for place in texts)], schema))
-    return pa.Table.from_batches(batches, schema)
+        if not part.places[0]:
+            continue
+        begin, split, end = (np.asarray(places, np.int64) for places in part.places)
+        texts = [
+            (begin + ID, begin + ID + ID_SIZE),
+            (begin + EVENT, split),
+            (split + len(PRIVATE), end - 1),
+            (begin + SALT.start, begin + SALT.stop),
+            (begin + HASH.start, begin + HASH.stop),
+        ]
+        batches.append(pa.record_batch([_views(part.content, *place) for place in texts], schema))
+    whole = pa.Table.from_batches(
+        batches, schema
+    ).combine_chunks()  # DuckDB takes a millisecond for each, however small
+    return pa.Table.from_batches(whole.to_batches(max_chunksize=_ROWS), schema)
 
 
 def _views(buffer: bytes, starts: Any, ends: Any) -> Any:
@@ -296,9 +301,11 @@ def _views(buffer: bytes, starts: Any, ends: Any) -> Any:
     views = np.empty((len(starts), 4), "<i4")
     views[:, 0], views[:, 2], views[:, 3] = sizes, 0, starts
     views[:, 1] = np.lib.stride_tricks.sliding_window_view(data, 4)[starts].view("<i4")[:, 0]
-    for row in np.flatnonzero(sizes <= 12):
-        short = buffer[starts[row] : ends[row]].ljust(12, b"\0")
-        views[row, 1:] = np.frombuffer(short, "<i4")
+    short = sizes <= 12
+    if short.any():
+        places = np.arange(12)
+        texts = data[np.minimum(starts[short, None] + places, len(data) - 1)]
+        views[short, 1:] = np.where(places < sizes[short, None], texts, 0).astype(np.uint8).view("<i4")
     return pa.Array.from_buffers(
         pa.string_view(), len(starts), [None, pa.py_buffer(views.tobytes()), pa.py_buffer(buffer)]
     )
@@ -322,14 +329,15 @@ def _store(connection: duckdb.DuckDBPyConnection, batch: list[Part], appends_onl
     now = datetime.now(UTC)
     if not appends_only:
         connection.execute("DELETE FROM log.positions WHERE segment IN (SELECT unnest(?))", [list(latest)])
-    connection.executemany(
-        "INSERT INTO log.positions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    insert(
+        connection,
+        "log.positions",
+        "segment, state, host, pid, next_byte, n, hash, torn_bytes, folded_at",
         [[p.segment, p.state, p.host, p.pid, p.next_byte, p.n, p.hash, p.torn_bytes, now] for p in latest.values()],
     )
     found = [[part.after.segment, f.offset, f.n, f.fault, f.why, now] for part in batch for f in part.findings]
     found += [[segment, None, _number_in(text), "damaged", "it is no JSON", now] for segment, text in bad]
-    if found:
-        connection.executemany("INSERT INTO log.findings VALUES (?, ?, ?, ?, ?, ?)", found)
+    insert(connection, "log.findings", "segment, byte, n, fault, why, found_at", found)
     _sign(connection, [(p.segment, p.n, p.hash) for p in latest.values() if p.n >= 0])
 
 

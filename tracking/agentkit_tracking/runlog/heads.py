@@ -13,6 +13,7 @@ import orjson
 
 from agentkit.errors import UsageError
 from agentkit_tracking import keys
+from agentkit_tracking.runlog.database import insert
 
 if TYPE_CHECKING:
     import duckdb
@@ -36,12 +37,7 @@ def sign(connection: duckdb.DuckDBPyConnection, ends: Iterable[tuple[str, int, s
         values = {"segment": segment, "n": n, "hash": digest, "number": number, "previous": before}
         rows.append(signed(values, key))
         before = rows[-1][-1]
-    if rows:
-        connection.executemany(
-            "INSERT INTO log.heads (segment, n, hash, number, previous, signed_at, key_id, signature) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
+    insert(connection, "log.heads", "segment, n, hash, number, previous, signed_at, key_id, signature", rows)
 
 
 def signed(values: dict[str, Any], key: keys.SigningKey) -> list[Any]:

@@ -40,6 +40,7 @@ _DEEPEST = 200  # levels of nesting; orjson takes 254
 # Where the parts of a line stand.
 _HEAD = 34
 HASH, SALT, EVENT = slice(42, 106), slice(116, 148), 158
+ID = EVENT + len('{"id":"')
 PRIVATE = b',"private":'
 ID_SIZE = 20
 _NAME = re.compile(rf"[0-9a-f]{{{ID_SIZE}}}\.jsonl")
