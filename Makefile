@@ -49,8 +49,8 @@ define install
 	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit("agentkit needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install -q uv==0.13.8 || true
-	@$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r $(1) --compile-bytecode 2>$(VENV)/uv.log \
-	  || $(BIN)/python -m pip install -q --require-hashes -r $(1)
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --require-hashes -r $(1) --compile-bytecode 2>$(VENV)/uv.log \
+	  || $(BIN)/python -m pip install -q --no-deps --require-hashes -r $(1)
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps --no-build-isolation -e . 2>>$(VENV)/uv.log \
 	  || $(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	@$(BIN)/python -m compileall -q agentkit tracking pipelines
@@ -73,20 +73,21 @@ $(VENV)/peers/.ready: requirements-bench.lock | setup-dev
 	@{ $(BIN)/uv pip install -q --python $(VENV)/peers/bin/python --require-hashes -r $< --compile-bytecode 2>$(VENV)/uv.log \
 	  || $(VENV)/peers/bin/python -m pip install -q --require-hashes -r $<; } && touch $@ || true
 
-# DuckDB of the version that has extensions for a lake, over the packages of ours. Where it cannot be installed, tests say so.
+# DuckDB of the version that has extensions for a lake, and object storage to test with, over the packages of ours. Where it cannot
+# be installed, tests say so.
 lake: $(VENV)/lake/.ready
 $(VENV)/lake/.ready: requirements-lake.lock | setup-dev
 	@echo "agentkit: installing $< into $(VENV)/lake"
 	@test -x $(VENV)/lake/bin/python || $(BIN)/python -m venv --without-pip $(VENV)/lake
 	@$(BIN)/python -c 'import site, pathlib, sys; ours, theirs = site.getsitepackages()[0], next(pathlib.Path("$(VENV)/lake").glob("lib/*/site-packages")); (theirs / "ours.pth").write_text(f"import site; site.addsitedir({ours!r})")'
-	@{ $(BIN)/uv pip install -q --python $(VENV)/lake/bin/python --require-hashes -r $< 2>$(VENV)/uv.log \
-	  || $(BIN)/python -m pip --python $(VENV)/lake/bin/python install -q --require-hashes -r $<; } && touch $@ || true
+	@{ $(BIN)/uv pip install -q --python $(VENV)/lake/bin/python --no-deps --require-hashes -r $< 2>$(VENV)/uv.log \
+	  || $(BIN)/python -m pip --python $(VENV)/lake/bin/python install -q --no-deps --require-hashes -r $<; } && touch $@ || true
 
 lock: ## renew the lock files (names, versions, hashes; no index)
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --extra build pyproject.toml -o requirements.lock
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --all-extras pyproject.toml -c requirements.lock -o requirements-dev.lock
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate tests/benchmarks/peers.in -o requirements-bench.lock
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate tests/lake.in -o requirements-lake.lock
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --no-annotate --no-deps tests/lake.in -o requirements-lake.lock
 
 clean: ## remove the virtual environment and all local runs
 	rm -rf $(VENV) .agentkit

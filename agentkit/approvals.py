@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from agentkit import clock
 
 Verdict = Literal["approve", "modify", "reject"]
 
@@ -34,7 +36,8 @@ class ApprovalRequest:
 class Decision:
     """A person's answer. `modify` approves other `arguments` than those asked about.
 
-    `at` is UTC, ISO 8601; `signature` is the signed envelope of the decision where a key stands behind it.
+    `by` names the person who decided; it is empty where code did, or nobody in time. `asked_at` and `at`, when it was asked
+    and answered, are UTC, ISO 8601; `signature` is the signed envelope of the decision where a key stands behind it.
     """
 
     verdict: Verdict
@@ -43,6 +46,7 @@ class Decision:
     at: str = ""
     arguments: dict[str, Any] | None = None
     signature: dict[str, Any] | None = field(default=None, repr=False)
+    asked_at: str = ""
 
     @property
     def granted(self) -> bool:
@@ -55,10 +59,11 @@ Approver = Callable[[ApprovalRequest], "bool | Decision"]
 
 
 def decide(approver: Approver | None, request: ApprovalRequest) -> Decision:
-    """Ask `approver`; without one the answer is no."""
+    """Ask `approver`; without one the answer is no. It says when it was asked and answered, if the approver does not."""
+    asked_at = clock.utc().isoformat()
     if approver is None:
-        return Decision("reject", reason="nobody was there to approve")
+        return Decision("reject", reason="nobody was there to approve", at=asked_at, asked_at=asked_at)
     answer = approver(request)
-    if isinstance(answer, Decision):
-        return answer
-    return Decision("approve" if answer is True else "reject")
+    if not isinstance(answer, Decision):
+        answer = Decision("approve" if answer is True else "reject")
+    return replace(answer, at=answer.at or clock.utc().isoformat(), asked_at=answer.asked_at or asked_at)

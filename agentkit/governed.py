@@ -194,6 +194,7 @@ def _ask(run: Run, tool: AnyTool, values: Values, reason: str) -> Decision:
                 answer = around(run.interceptors, call, lambda: asdict(decide(run.approver, request)))
                 decision = Decision(**answer)
                 run.last_decision = decision
+                step.decided_by = decision.by or None
                 step.outputs = {name: value for name, value in answer.items() if value not in (None, "")}
         except Refusal as e:  # stopped meanwhile
             run.refuse(e)

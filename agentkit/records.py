@@ -17,7 +17,8 @@ class Step:
     `name` is the target state, predictor, tool or decision; times are seconds, `started` counted from the start
     of the run; `usd` is what the step cost by the price table; `cached` says that it was answered from memory.
     Of a tool `tries` counts the attempts, the repeated ones included, and `usd` is what they cost. A handoff's `outputs` is
-    the id of the run that the work went to; its steps follow, with that id as their `run`.
+    the id of the run that the work went to; its steps follow, with that id as their `run`. `decided_by` is who answered an
+    approval, as the approver names them; None where code did, or nobody.
     """
 
     kind: StepKind
@@ -36,6 +37,7 @@ class Step:
     cached: bool = False
     tries: int = 0  # of a tool
     run: str | None = None  # the run that this one called, where it is a step of that
+    decided_by: str | None = None
 
 
 @dataclass(slots=True)
@@ -47,7 +49,8 @@ class RunRecord:
     order, each with its `outcome` (done, failed, or unknown: it may have happened); `phases` maps planning, execution
     and reflection to seconds; `waited_s` is time spent on a person; `degraded` says what failed where the agent fell
     back on a lesser result; `partial` is what a failed run had found by then; `parent` is the run that called this
-    one; `user_hash` stands for whoever it acted for; `budget_used` is the largest share of any limit that was used.
+    one; `user_hash` stands for whoever it acted for; `budget_used` is the largest share of any limit that was used; `pid` is
+    the process that began it, where that made this record.
     """
 
     run_id: str
@@ -78,9 +81,10 @@ class RunRecord:
     partial: dict[str, Any] | None = None
     budget_used: float | None = None
     result: Any = field(default=None, compare=False)  # the typed object; not stored
+    pid: int | None = field(default=None, compare=False)  # not stored
 
     def to_json(self) -> bytes:
-        """The record as one line of JSON, without the live `result`; text that is no valid Unicode is repaired."""
+        """The record as one line of JSON, without the live `result` and the `pid`; text that is no valid Unicode is repaired."""
         try:
             return orjson.dumps(self._stored(), default=str)
         except orjson.JSONEncodeError:
@@ -88,7 +92,7 @@ class RunRecord:
             return orjson.dumps(_encodable(self._stored()), default=str)
 
     def _stored(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__ if name != "result"}
+        return {name: getattr(self, name) for name in self.__slots__ if name not in ("result", "pid")}
 
 
 def _encodable(value: Any) -> Any:

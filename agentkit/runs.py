@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import os
 import threading
 import time
 import uuid
@@ -92,6 +93,7 @@ class Run:
         self._numbers, self._children = itertools.count(), itertools.count()
         self._plans = self.failures = 0
         self._look_again = 0.0
+        self._pid = os.getpid()  # whose run it is, whoever is forked inside it
         self._started_at = clock.utc()
         self._t0 = self._entered = time.perf_counter()
         self._in_state: dict[State, float] = {}
@@ -245,6 +247,10 @@ class Run:
             raise self._refusal
         if self.state in (State.DONE, State.FAILED):
             raise Stopped("this run is over")  # a thread it left behind
+        if tool is not None and self._pid != os.getpid():
+            self.refuse(
+                Stopped(f"process {os.getpid()} was forked inside this run of process {self._pid}: it records nothing")
+            )
         if abandoned():
             raise Stopped("the tool that wanted this has run out of time")  # the run itself goes on
         now = time.perf_counter()
@@ -359,6 +365,7 @@ class Run:
             usd=sum(s.usd for s in models) + sum(s.usd for s in self.steps if s.kind == "tool"),
             steps=self.steps,
             result=result if error is None else None,
+            pid=self._pid,
         )
 
     @contextmanager
@@ -392,7 +399,7 @@ class Run:
 
     def hand_over(self) -> None:
         """Hand what is over of this run to the sinks that keep runs as they happen: before an effect, and after each call."""
-        if not self._is_watched:
+        if not self._is_watched or self._pid != os.getpid():
             return
         with self._handing:
             later = range(self._handed, len(self.steps))

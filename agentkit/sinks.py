@@ -7,6 +7,8 @@ tracking package registers the run log and the MLflow trace there) and from `add
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,7 +42,19 @@ def _installed() -> tuple[Sink, ...]:
 
 
 def emit(record: RunRecord) -> None:
-    """Hand a finished record to every sink. A sink that raises stops the caller: an unrecorded run is a fault."""
+    """Hand a finished record to every sink. A sink that raises stops the caller: an unrecorded run is a fault.
+
+    A run is of the process that began it. One that was forked inside a run and comes to its end, too, hands nothing over, and
+    a warning says so: a run has one end.
+    """
+    if record.pid not in (None, os.getpid()):
+        warnings.warn(
+            f"run {record.run_id} of {record.system} is of process {record.pid}, from which this one ({os.getpid()}) was forked: "
+            f"what this one did of it since, and that it ended here ({record.state}), is recorded nowhere",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
     through = _through.get()
     if through is not None:
         through(record, _hand_over)

@@ -4,7 +4,6 @@ __generated_with = "0.25.2"
 app = marimo.App(width="medium", app_title="Operations")
 
 with app.setup:
-    import json
     import time
     from datetime import UTC, datetime, timedelta
 
@@ -196,9 +195,7 @@ def _(page):
         before = row["before"]
         if before is not None:
             said.append(f"before {shown(before)}")
-        known = None not in (row["low"], row["before_low"])
-        changed = known and (row["low"] > row["before_high"] or row["high"] < row["before_low"])
-        direction = ("increase" if row["value"] > before else "decrease") if changed else None
+        direction = ("increase" if row["value"] > before else "decrease") if row["is_changed"] else None
         return mo.stat(
             shown(row["value"]),
             label=label,
@@ -476,16 +473,7 @@ def _(page):
 
 @app.cell(hide_code=True)
 def _(page):
-    _rows = (
-        page.tools.with_columns(
-            pl.struct("failed", "calls")
-            .map_elements(lambda v: operations.wilson(v["failed"], v["calls"]), return_dtype=pl.List(pl.Float64))
-            .alias("bounds"),
-            (pl.col("failed") / pl.col("calls")).alias("value"),
-        )
-        .with_columns(pl.col("bounds").list.get(0).alias("low"), pl.col("bounds").list.get(1).alias("high"))
-        .drop("bounds")
-    )
+    _rows = page.tools
     _top = _rows.filter(pl.col("calls") > 0).head(12)
     _percent = alt.Axis(format=".0%", tickCount=5)
     _tips = [
@@ -564,8 +552,8 @@ def _(page):
                 "## People\n\nCalls that a person had to decide about, what they decided and how long it took. "
                 + (f"In all: {_said}." if _said else "Nobody was asked.")
                 + (
-                    f" {_nobody:,} questions were answered in less than 0.1 s: nobody was there to read them, or a script "
-                    "decided."
+                    f" {_nobody:,} questions were answered by nobody who is named: nobody was there or answered in time, or "
+                    "code decided."
                     if _nobody
                     else ""
                 )
@@ -662,29 +650,31 @@ def _(page):
             _golden = read_examples(find_golden(page.sampled_system))
         except AgentkitError as e:
             _why = str(e)
-    _keep = events.payloads()
-    _live = [json.loads(text) for text in page.sample]
-    _expected_inputs = [_keep({"inputs": e.inputs}).get("inputs") or {} for e in _golden]
-    _names = {name for row in _live for name in row}
-    if _golden and not _names & {name for row in _expected_inputs for name in row}:
-        _golden, _why = (
-            [],
-            f"the golden set that was found has none of the inputs {', '.join(sorted(_names)) or '(none kept)'}",
-        )
-    _taken = page.routes.filter(pl.col("system") == page.sampled_system)
-    _expected = operations.routes_expected(_golden, _taken["route"].unique().to_list()) if _golden else None
+    _drift = operations.drift_of(page, _golden, events.payloads())
+    _of = {"golden": "golden ones", "before": "of the time before", None: ""}[_drift.against]
     _parts = [
         mo.md(
             f"## Drift of {prose(str(page.sampled_system), 60)}\n\nDoes what comes in, and where it is sent, still look like the "
-            "golden set? Each distance stands beside what chance alone reaches in 95 of 100 cases; a filled point lies beyond "
-            "chance even after correction for the number of looks. A golden set covers rare cases and need not be like the "
-            "traffic: watch the change more than the level."
+            + ("time before this one, as long? " if _drift.against == "before" else "golden set? ")
+            + "Each distance stands beside what chance alone reaches in 95 of 100 cases; a filled point lies beyond "
+            "chance even after correction for the number of looks."
+            + (
+                " A golden set covers rare cases and need not be like the traffic: watch the change more than the level."
+                if _drift.against == "golden"
+                else ""
+            )
         )
     ]
-    if not _golden:
-        _parts.append(mo.md(f"*No golden set to compare with: {prose(_why, 300)}.*"))
-    if _expected:
-        _rows = values(operations.route_drift(_taken, _expected))
+    if _drift.against != "golden":
+        _parts.append(
+            mo.md(
+                f"*No golden set to compare with: {prose(_drift.why_not_golden or _why, 300)}.*"
+                + (" *So each is compared with the time before.*" if _drift.against else "")
+                + ("" if page.chosen.since else " *Choose a time above to compare with the time before it.*")
+            )
+        )
+    if _drift.routes is not None:
+        _rows = values(_drift.routes)
         _x = over_time()
         _tips = [alt.Tooltip("at:T", format="%a %d %b %H:%M"), alt.Tooltip("distance:Q", format=".3f"), alt.Tooltip("by_chance:Q", format=".3f"),
                  alt.Tooltip("p:Q", format=".4f"), alt.Tooltip("runs:Q", format=",")]  # fmt: skip
@@ -698,16 +688,18 @@ def _(page):
             x=_x, y="distance:Q", tooltip=_tips, color=alt.condition("datum.is_drift", alt.value(RED), alt.value(BLUE)),
             fill=alt.condition("datum.is_drift", alt.value(RED), alt.value("white")),
         )  # fmt: skip
-        _routes = finished(_chance + _line + _points, "Routes: Jensen–Shannon distance (grey: by chance)")
+        _title = "Routes: Jensen–Shannon distance" + (" from the time before" if _drift.against == "before" else "")
+        _routes = finished(_chance + _line + _points, f"{_title} (grey: by chance)")
+    elif _drift.against == "golden":
+        _routes = mo.md("*The golden set expects no routes.*")
     else:
-        _routes = mo.md("*The golden set expects no routes.*") if _golden else None
-    if _golden and _live:
-        _found = operations.input_drift(_live, _expected_inputs)
+        _routes = mo.md("*No route was taken in one of the two times.*")
+    if _drift.inputs is not None:
         _y = alt.Y("feature:N", sort=None, title=None, axis=alt.Axis(grid=False, labelLimit=230, labelPadding=8))
         _limits, _ticks = alt.Scale(domain=[0.4, 1]), alt.Axis(values=[0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1], format=".1f")
         _tips = [alt.Tooltip("feature:N"), alt.Tooltip("auc:Q", format=".3f"), alt.Tooltip("by_chance:Q", format=".3f"),
-                 alt.Tooltip("p:Q", format=".3f"), alt.Tooltip("live:Q"), alt.Tooltip("golden:Q")]  # fmt: skip
-        _base = alt.Chart(values(_found)).encode(y=_y)
+                 alt.Tooltip("p:Q", format=".3f"), alt.Tooltip("live:Q"), alt.Tooltip("golden:Q", title=_drift.against)]  # fmt: skip
+        _base = alt.Chart(values(_drift.inputs)).encode(y=_y)
         _chance = _base.mark_bar(color=GREY, opacity=0.3, height=14).encode(
             x=alt.X("by_chance:Q", title=None, scale=_limits, axis=_ticks), x2=alt.datum(0.5)
         )
@@ -718,11 +710,11 @@ def _(page):
         )  # fmt: skip
         _inputs = finished(
             _chance + _points,
-            f"Inputs: how well {len(_live)} logged ones are told from {len(_golden)} golden ones (AUC)",
+            f"Inputs: how well {_drift.live} logged ones are told from {_drift.others} {_of} (AUC)",
         )
     else:
-        _inputs = mo.md("*No logged input was kept to compare.*") if _golden else None
-    if _golden:
+        _inputs = mo.md("*No logged input was kept to compare.*")
+    if _drift.against:
         _parts.append(beside(_routes, _inputs))
     mo.vstack(_parts)
     return

@@ -202,7 +202,7 @@ class _Run:
             verdict = str(rng.choice(["approve", "modify", "reject"], p=[0.75, 0.1, 0.15]))
             steps.append(
                 Step("approval", kind.tools[-1], "AWAITING_HUMAN", clock, waited, route, {"amount_usd": 75},
-                     {"verdict": verdict, "by": "ada"})
+                     {"verdict": verdict, "by": "ada"}, decided_by="ada")
             )  # fmt: skip
             clock += waited
         if failed and error is None and self.happens(0.15):
@@ -325,7 +325,7 @@ SELECT 'filled' AS segment, row_number() OVER () + {{n}} AS n, began + to_millis
     CASE type WHEN 'model' THEN tokens * size * price * 1.5 / 1e6 WHEN 'outcome' THEN 2 * tokens * size * price * 1.5 / 1e6
         END AS usd,
     NULL AS cached, CASE WHEN type = 'tool' THEN 1 END AS tries, CASE WHEN type = 'outcome' THEN went END AS route,
-    CASE WHEN type = 'outcome' THEN CASE WHEN asks THEN 240 * size * size ELSE 0 END END AS waited_s,
+    CASE type WHEN 'approval' THEN 240 * size * size WHEN 'outcome' THEN CASE WHEN asks THEN 240 * size * size ELSE 0 END END AS waited_s,
     CASE WHEN type = 'outcome' THEN 2 END AS model_calls, CASE WHEN type = 'outcome' THEN 2 END AS tool_calls,
     CASE WHEN type = 'outcome' THEN 1.2 * size END AS planning_s, CASE WHEN type = 'outcome' THEN 0.3 * size END AS execution_s,
     CASE WHEN type = 'outcome' THEN 0.1 * size END AS reflection_s, CASE WHEN type = 'outcome' THEN 0 END AS effects,

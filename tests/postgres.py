@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,3 +57,24 @@ def postgresql() -> Iterator[str]:
             run("pg_ctl", "-D", data, "-m", "immediate", "-w", "stop")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def new_database(cluster: str) -> str:
+    """Another empty database in the cluster; its address, as PostgreSQL's own programs take it."""
+    import psycopg
+
+    name = f"d{uuid.uuid4().hex}"
+    with psycopg.connect(cluster.replace("+psycopg2", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{cluster.replace('+psycopg2', '').rpartition('/')[0]}/{name}"
+
+
+def on_disk(address: str) -> list[Path]:
+    """The files of a database's tables, with all that was deleted of them and not written over."""
+    import psycopg
+
+    with psycopg.connect(address, autocommit=True) as connection:
+        connection.execute("CHECKPOINT")
+        query = "SELECT current_setting('data_directory'), oid FROM pg_database WHERE datname = current_database()"
+        folder, oid = connection.execute(query).fetchall()[0]
+    return [path for path in Path(folder, "base", str(oid)).iterdir() if path.is_file()]

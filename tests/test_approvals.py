@@ -159,7 +159,9 @@ def test_without_a_decision_it_is_rejected_once_and_stays_so(
     with pytest.raises(UsageError, match="expired: nobody decided within 24 h"):
         plane.desk.decide(identity, "approve")
     expired = plane.desk.decision(identity)
-    assert expired == Decision("reject", reason="expired: nobody decided within 24 h", at=expired.at)
+    assert expired == Decision(
+        "reject", reason="expired: nobody decided within 24 h", at=expired.at, asked_at=expired.asked_at
+    )
     assert row_of(identity).status == "expired"
     steered.tick(-3600)  # a clock that is put back opens nothing again
     assert plane.desk.decision(identity) == expired

@@ -92,6 +92,7 @@ def test_the_desk_of_the_control_plane_is_asked_where_no_other_approver_is_given
         record = runner.handle("r").result(timeout_s=30)
     assert record.output == {"value": "sent, as the bank says"}
     assert outside.effects == [("send", 1)]
+    assert [s.decided_by for s in record.steps if s.kind == "approval"] == ["ada", "ada"]
 
 
 def _waiting_for(desk: Any) -> Any:

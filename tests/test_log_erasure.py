@@ -8,7 +8,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from log_files import in_process, run, write
+from log_files import as_made_once, in_process, run, write
 
 import agentkit as ak
 from agentkit.callers import Caller
@@ -28,7 +28,8 @@ def log(own_home: Path) -> RunLog:
     """Anna's and Bob's runs, in an archive, in the database, and in a segment that is still written to."""
     keys.create("Ada")
     log = RunLog()
-    for place, days in (("archive", 9.0), ("database", 1.0), ("fresh", 0.0)):
+
+    def both(place: str, days: float) -> None:
         write(
             log,
             run(f"anna-{place}", ANNA),
@@ -36,11 +37,16 @@ def log(own_home: Path) -> RunLog:
             run(f"bob-{place}", Caller("bob").user_hash),
             days=days,
         )
-        if place == "archive":
-            log.close()
-            compact(log, 5)
-        elif place == "database":
-            log.fold()
+
+    def archived() -> None:
+        both("archive", 9)
+        log.close()
+        compact(log, 5)
+
+    as_made_once(own_home, "to erase", archived)
+    both("database", 1)
+    log.fold()
+    both("fresh", 0)
     feedback.give(log, "anna-archive", "rejected", comment="the comment of anna", by="anna")
     return log
 

@@ -22,12 +22,13 @@ from scipy.stats import binomtest
 
 import agentkit as ak
 from agentkit.errors import UsageError
+from agentkit.examples import Example
 from agentkit.records import RunRecord, Step
 from agentkit_tracking import operations
 from agentkit_tracking.operations import Filter, Page, drift, figures, queries
 from agentkit_tracking.operations.filters import DAY, HOUR, WEEK, bucket_of
 from agentkit_tracking.operations.intervals import fieller, mean, wilson
-from agentkit_tracking.runlog import RunLog, feedback
+from agentkit_tracking.runlog import RunLog, events, feedback
 
 MONDAY = datetime(2026, 11, 16, tzinfo=UTC)
 
@@ -50,10 +51,9 @@ def tool(error: str | None = None, tries: int = 1, seconds: float = 0.1) -> Step
     return Step("tool", "look_up", "EXECUTING", 0.0, seconds, "a", {}, error=error, tries=tries)
 
 
-def approval(verdict: str | None, seconds: float = 60.0) -> Step:
-    return Step(
-        "approval", "pay", "AWAITING_HUMAN", 0.0, seconds, "a", {}, verdict and {"verdict": verdict, "by": "ada"}
-    )
+def approval(verdict: str | None, seconds: float = 60.0, by: str | None = "ada") -> Step:
+    said = verdict and {"verdict": verdict, **({"by": by} if by else {})}
+    return Step("approval", "pay", "AWAITING_HUMAN", 0.0, seconds, "a", {}, said, decided_by=by if verdict else None)
 
 
 @pytest.fixture
@@ -156,12 +156,13 @@ def test_latency_is_exact_and_without_the_time_of_people(log: RunLog) -> None:
 
 
 def test_decisions_of_people_and_of_nobody(log: RunLog) -> None:
-    for i, (verdict, seconds) in enumerate([("approve", 10.0), ("approve", 30.0), ("reject", 0.001), (None, 5.0)]):
-        log.append(run(str(i), steps=[approval(verdict, seconds)]))
+    asked = [("approve", 10.0, "ada"), ("approve", 0.02, "bob"), ("reject", 86_400.0, None), (None, 5.0, None)]
+    for i, (verdict, seconds, by) in enumerate(asked):
+        log.append(run(str(i), steps=[approval(verdict, seconds, by)]))
     every = look(log).decisions.filter(pl.col("at").is_null())
     assert every.select("verdict", "asked", "p50").rows() == [
-        ("approve", 2, 20.0),
-        ("nobody", 1, 0.001),
+        ("approve", 2, 5.01),  # however fast: a person is named
+        ("nobody", 1, 86_400.0),  # however late
         ("none", 1, 5.0),
     ]
 
@@ -396,6 +397,46 @@ def test_inputs_that_cannot_be_compared_have_no_row() -> None:
     assert operations.input_drift([{"a": "same"}] * 20, [{"a": "same"}] * 20).is_empty()
 
 
+def test_without_a_golden_set_that_fits_a_time_is_compared_with_the_one_before(tmp_path: Path) -> None:
+    planted = [Regression(what, 0.9, after=0.5, system="support_triage") for what in ("routes", "inputs")]  # type: ignore[arg-type]
+    log = make_log(tmp_path, runs=1500, days=20, seed=2, regressions=planted)
+    half = END - timedelta(days=10)
+    golden = [Example(id="1", inputs={"another": "input"}, expected={"route": "billing"}, task_type="t")]
+    found = {}
+    for system in ("support_triage", "contract_review"):
+        page = look(log, Filter(system=system, since=half, until=END))
+        found[system] = operations.drift_of(page, golden, events.payloads())
+        assert found[system].against == "before"
+        assert "has none of the inputs" in found[system].why_not_golden
+        assert sum(page.routes_before.values()) == look(log, Filter(system=system, until=half)).routes["runs"].sum()
+        assert found[system].live > 100
+        assert found[system].others > 100
+    assert all(found["support_triage"].routes["is_drift"].tail(5))
+    assert found["support_triage"].inputs["is_drift"].any()
+    assert not found["contract_review"].routes["is_drift"].any()
+    assert not found["contract_review"].inputs["is_drift"].any()
+    everything = look(log, Filter(system="support_triage"))
+    assert operations.drift_of(everything, [], events.payloads()) == operations.Drift(None)  # nothing is before it
+
+
+def test_a_golden_set_that_fits_is_what_a_time_is_compared_with(tmp_path: Path) -> None:
+    log = make_log(tmp_path, runs=600, days=20, seed=2)
+    page = look(log, Filter(system="support_triage", since=END - timedelta(days=10), until=END))
+    golden = [
+        Example(
+            id=str(i),
+            inputs=json.loads(text),
+            expected={"route": ("billing", "technical", "general")[i % 3]},
+            task_type="t",
+        )
+        for i, text in enumerate(page.sample[:90])
+    ]
+    found = operations.drift_of(page, golden, events.payloads())
+    assert (found.against, found.why_not_golden, found.others) == ("golden", "", 90)
+    assert found.routes is not None
+    assert not found.routes["is_drift"].any()
+
+
 def test_expected_routes_are_found_in_the_golden_set() -> None:
     golden = ak.read_examples(Path(__file__).resolve().parents[1] / "data" / "support" / "golden.jsonl")
     assert operations.routes_expected(golden, ["billing", "technical"]) == {
@@ -434,6 +475,7 @@ def test_a_planted_regression_shows_on_the_page(tmp_path: Path, what: Any) -> No
     else:
         changed = {"failures": "failure", "latency": "p95", "cost": "cost per success", "approvals": "escalation"}[what]
         assert row[changed]["value"] > 1.5 * row[changed]["before"]
+        assert row[changed]["is_changed"] == (changed != "p95")  # which has no interval
 
 
 def test_a_filled_database_reads_as_a_log(tmp_path: Path) -> None:

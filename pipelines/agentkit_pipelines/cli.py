@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ from agentkit_pipelines import (
 )
 from agentkit_pipelines.gate_cli import CRASH, OK, exit_code, fail
 from agentkit_pipelines.options import MaxUsd, Reference, Trusted, Workers
+
+if TYPE_CHECKING:
+    from agentkit.approvals import ApprovalRequest, Decision
 
 app = typer.Typer(
     help="LLM agents from notebook to production.\n\nThe road: `register` a notebook, `evaluate` it, `promote` it through "
@@ -170,10 +173,12 @@ def _pairs(given: list[str]) -> dict[str, str]:
     return {a: b for a, _, b in pairs}
 
 
-def _ask(request: Any) -> bool:
-    return typer.confirm(
-        f"{request.agent} wants {request.tool}({request.arguments}) because {request.reason}. Approve?", err=True
-    )
+def _ask(request: ApprovalRequest) -> Decision:
+    from agentkit.approvals import Decision
+    from agentkit_tracking.home import author
+
+    question = f"{request.agent} wants {request.tool}({request.arguments}) because {request.reason}. Approve?"
+    return Decision("approve" if typer.confirm(question, err=True) else "reject", by=author())
 
 
 @app.command(rich_help_panel=RUN)

@@ -90,9 +90,7 @@ def _page(out: Console, record: RunRecord) -> None:
         cost = f"{step.usd:.6f}" if step.kind == "model" else "from memory" if step.cached else ""
         color = "red" if step.error else "bold" if step.kind in ("decision", "approval") else ""
         words = [escape(_lines(text)) for text in (step.state, step.agent or "", what)]
-        steps.add_row(
-            f"{at:.3f}", f"{step.seconds:.3f}", *words, _cell(_redacted(_result(step))), cost, style=color or None
-        )
+        steps.add_row(f"{at:.3f}", f"{step.seconds:.3f}", *words, _cell(_shown(step)), cost, style=color or None)
     out.print(steps)
     if record.effects:
         effects = Table("effect", "arguments", "outcome", title="effects")
@@ -167,6 +165,22 @@ def _release(record: RunRecord) -> str:
         return f"{record.release} ({registry.resolve(record.release)}); see `agentkit show {record.release[:12]}`"
     except (ReleaseError, MlflowException):
         return f"{record.release}, which is not in this store"
+
+
+def _shown(step: Step) -> Any:
+    """What came of a step, redacted; of an approval first who answered, in full."""
+    if step.kind != "approval" or step.error or not isinstance(step.outputs, dict):
+        return _redacted(_result(step))
+    said = step.outputs
+    when = f"asked {_second(said.get('asked_at'))}, answered {_second(said.get('at'))}"
+    rest = {name: said[name] for name in ("reason", "arguments") if said.get(name)}
+    told = f"{said.get('verdict')} by {step.decided_by or 'nobody who is named'} ({when})"
+    return f"{told}: {json.dumps(_redacted(rest), ensure_ascii=False)}" if rest else told
+
+
+def _second(at: Any) -> str:
+    """A time to the second, without its zone, which is UTC."""
+    return str(at or "?")[:19]
 
 
 def _result(step: Step) -> Any:

@@ -231,6 +231,7 @@ def status() -> None:
         ("archive", f"{found.archived} events of {found.days} days; {_size(found.archive_bytes)}"),
         ("pruned", f"{found.pruned} events"),
         ("signed", "all that is folded" if not found.unsigned else f"not the last events of {found.unsigned} segments: no key was at hand (`agentkit keys`)"),
+        *([("ended twice", f"{found.ended_twice} runs: their program forked inside them, and each end counts")] if found.ended_twice else []),
         ("damage", "none found" if not found.findings else f"found at {found.findings} places; see `agentkit log verify`"),
         ("open in", ", ".join(found.holders) or "no other process"),
     ):  # fmt: skip

@@ -106,15 +106,47 @@ def verify(
 def compact(older_than: OlderThan = 30) -> None:
     """Move past days from the database into Parquet files, `archive/day=2026-11-20/….parquet`; they are asked as before.
 
-    For logs that grow: the database stays small and fast, and a day can be read with any tool.
+    For logs that grow: the database stays small and fast, and a day can be read with any tool. A lake is Parquet already:
+    there many small files become few large ones, and `--older-than` is of no account.
     """
     from agentkit_tracking.runlog import RunLog, retention
 
     with terminal.progress("archiving days") as progress:
         done = retention.compact(RunLog(), older_than, progress=progress)
-    terminal.console().print(
+    out = terminal.console()
+    if done.files is not None:
+        out.print(f"the lake has {done.files} Parquet files now, and is {done.freed_bytes / 1e6:.1f} MB smaller")
+        return
+    out.print(
         f"{_days(done)} archived, {done.archive_bytes / 1e6:.1f} MB; the database is {done.freed_bytes / 1e6:.1f} MB smaller"
     )
+
+
+@log_app.command(rich_help_panel=KEEP)
+def adopt() -> None:
+    """Take in archives that the database does not know, since it was lost or comes from a backup; sign how far they go.
+
+    Only what is whole, and follows from what the log has. Restore first what else there is of `log.duckdb` and `segments/`.
+
+    Exit code 3: a file was left.
+    """
+    from rich.markup import escape
+
+    from agentkit_tracking.runlog import RunLog, adoption
+
+    with terminal.console().status("looking through archives"):
+        done = adoption.adopt(RunLog())
+    out = terminal.console()
+    for file, why in sorted(done.refused.items()):
+        out.print(f"[red]✗[/red] {escape(file)}: {escape(why)}", soft_wrap=True)
+    out.print(f"{done.events} events of {len(done.files)} archives are part of the log again")
+    if done.open_ends:
+        out.print(
+            f"[yellow]![/yellow] {done.open_ends} segments do not end in their archives: their processes were killed, or what "
+            "came next was lost with the database",
+            soft_wrap=True,
+        )
+    raise typer.Exit(NOT_WHOLE if done.refused else OK)
 
 
 @log_app.command(rich_help_panel=KEEP)
@@ -153,6 +185,9 @@ def erase(
     Figures stay, and the chain stays whole: an event says which runs were erased, by whom and why. MLflow traces of the
     runs go, too. Not reached: the journal of durable runs, the approvals desk, notebooks, results of batches, exports,
     what was forwarded elsewhere, and backups.
+
+    In a lake it goes for all machines. Their own segments lose it with their next fold; what they had not folded yet is not
+    reached: fold there, and erase again.
     """
     from rich.markup import escape
 
@@ -165,7 +200,17 @@ def erase(
     with terminal.progress("erasing") as progress:
         done = erase_user(RunLog(), **given, why=why, progress=progress)
     out = terminal.console()
-    out.print(f"private parts of {done.events} events of {len(done.runs)} runs, and {done.traces} traces, are gone")
+    callers = f" and of {len(done.callers)} that called them" if done.callers else ""
+    out.print(
+        f"private parts of {done.events} events of {len(done.runs)} runs{callers}, and {done.traces} traces, are gone",
+        soft_wrap=True,
+    )
+    if done.others:
+        out.print(
+            "[yellow]not reached: what other machines had not folded yet. Their segments lose the rest with their next fold; "
+            f"then erase again. They folded last (UTC): {escape(', '.join(done.others))}[/yellow]",
+            soft_wrap=True,
+        )
     if done.traces_left:
         out.print(f"[yellow]traces may be left: {escape(done.traces_left)}; do it again then[/yellow]", soft_wrap=True)
         raise typer.Exit(CRASH)

@@ -142,6 +142,7 @@ def judged(row: Row[Any], trust: Trust) -> Decision:
         at=said.time.isoformat(),
         arguments=said.arguments,
         signature=json.loads(signed.envelope),
+        asked_at=unstamp(row.created_at).isoformat(),
     )
 
 
@@ -151,9 +152,8 @@ def settled(approval: Approval) -> Approval:
         return approval
     hours = (approval.expires_at - approval.created_at).total_seconds() / 3600
     reason = f"expired: nobody decided within {hours:g} h"
-    return replace(
-        approval, status="expired", decision=Decision("reject", reason=reason, at=approval.expires_at.isoformat())
-    )
+    asked_at, at = approval.created_at.isoformat(), approval.expires_at.isoformat()
+    return replace(approval, status="expired", decision=Decision("reject", reason=reason, at=at, asked_at=asked_at))
 
 
 def decided(approval: Approval) -> str:

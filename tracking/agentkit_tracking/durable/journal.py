@@ -306,6 +306,7 @@ class Journal:
                 if "raised" in found:
                     raise_again(call.run, found["raised"])
                 answer = Decision(**found["result"])
+                step.decided_by = answer.by or None
                 step.outputs = {n: value for n, value in found["result"].items() if value not in (None, "")}
         return answer
 

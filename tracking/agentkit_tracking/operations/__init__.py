@@ -10,16 +10,18 @@ out unless they are asked for. What runs cost is USD, times are seconds, rates l
 
 from __future__ import annotations
 
-from agentkit_tracking.operations.drift import input_drift, route_drift, routes_expected
+from agentkit_tracking.operations.drift import Drift, drift_of, input_drift, route_drift, routes_expected
 from agentkit_tracking.operations.filters import Filter
 from agentkit_tracking.operations.intervals import fieller, wilson
 from agentkit_tracking.operations.page import Page, choices, look
 from agentkit_tracking.operations.queries import unfinished
 
 __all__ = [
+    "Drift",
     "Filter",
     "Page",
     "choices",
+    "drift_of",
     "fieller",
     "input_drift",
     "look",

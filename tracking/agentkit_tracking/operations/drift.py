@@ -1,4 +1,4 @@
-"""Whether what comes in, and where it is sent, still looks like the golden set.
+"""Whether what comes in, and where it is sent, still looks like the golden set, or like the time before.
 
 Every distance stands beside the one that two samples of these sizes show when nothing differs: labels are shuffled between
 the two, so `p` is exact whatever the distributions are. A golden set is drawn to cover rare cases, not to be like
@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -18,11 +19,59 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from agentkit.examples import Example
+    from agentkit_tracking.operations.page import Page
 
 Array = NDArray[np.float64]
 SHUFFLES = 999
 _ROUTE_SHUFFLES = 9_999  # there are more buckets to correct for, and they are cheap
 _ALPHA = 0.05  # of all comparisons of a look together
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What the runs of a page were compared with, and what came of it.
+
+    `against` is None where there is nothing to compare with; `why_not_golden` says why it is not the golden set. Frames are None
+    where one of the two sides has nothing of the kind. `live` and `others` are the inputs that were compared.
+    """
+
+    against: Literal["golden", "before"] | None
+    why_not_golden: str = ""
+    routes: pl.DataFrame | None = None  # as of `route_drift`
+    inputs: pl.DataFrame | None = None  # as of `input_drift`
+    live: int = 0
+    others: int = 0
+
+
+def drift_of(page: Page, golden: Sequence[Example], keep: Callable[[Any], Any]) -> Drift:
+    """Compare the system that a page sampled with its golden set; where none fits, with as long a time before.
+
+    Args:
+        golden: none where none was found.
+        keep: what is done to inputs before they are logged (`runlog.events.payloads()`), so that both sides had it done.
+    """
+    live = [json.loads(text) for text in page.sample]
+    names = {name for row in live for name in row}
+    wanted = [keep({"inputs": example.inputs}).get("inputs") or {} for example in golden]
+    taken = page.routes.filter(pl.col("system") == page.sampled_system)
+    against: Literal["golden", "before"] = "golden"
+    expected = routes_expected(golden, taken["route"].unique().to_list()) if golden else None
+    why = ""
+    if not golden or not names & {name for row in wanted for name in row}:
+        told = ", ".join(sorted(names)) or "(none kept)"
+        why = f"the golden set that was found has none of the inputs {told}" if golden else ""
+        against, expected = "before", page.routes_before or None
+        wanted = [json.loads(text) for text in page.sample_before]
+        if not expected and not wanted:
+            return Drift(None, why)
+    return Drift(
+        against,
+        why,
+        route_drift(taken, expected) if expected and taken.height else None,
+        input_drift(live, wanted) if live and wanted else None,
+        len(live),
+        len(wanted),
+    )
 
 
 def routes_expected(golden: Sequence[Example], taken: Sequence[str]) -> dict[str, int] | None:
@@ -45,7 +94,7 @@ def route_drift(routes: pl.DataFrame, expected: dict[str, int], *, seed: int = 0
 
     Args:
         routes: `at`, `route`, `runs` of one system.
-        expected: how often the golden set expects each.
+        expected: how often the golden set expects each, or each was taken before.
 
     Returns:
         A row a bucket: `at`, `distance`, `by_chance` (what 95 % of samples of these sizes from one distribution stay below),
@@ -82,7 +131,7 @@ def _jensen_shannon(one: Any, other: Any) -> Any:
 
 
 def input_drift(live: Sequence[dict[str, Any]], golden: Sequence[dict[str, Any]], *, seed: int = 0) -> pl.DataFrame:
-    """How well logged inputs can be told from golden ones: the area under the ROC curve, 0.5 (not at all) to 1 (always).
+    """How well logged inputs can be told from golden (or earlier) ones: the area under the ROC curve, 0.5 (not at all) to 1 (always).
 
     Each of two halves is judged by what the other one teaches (a classifier two-sample test: Lopez-Paz and Oquab 2017,
     arXiv:1610.06545): of texts by which set's character n-grams are nearer, of numbers and lengths by their size.

@@ -126,6 +126,16 @@ def cost_per_success(cells: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFram
     ).sort(list(by) or "runs", nulls_last=True)
 
 
+def with_failures(tools: pl.DataFrame) -> pl.DataFrame:
+    """Tools with the share of their calls that failed: `value`, `low`, `high` (Wilson, 95 %); null where none was made."""
+    bounds = [wilson(failed, calls) for failed, calls in tools.select("failed", "calls").iter_rows()]
+    return tools.with_columns(
+        pl.when(pl.col("calls") > 0).then(pl.col("failed") / pl.col("calls")).alias("value"),
+        pl.Series("low", [b[0] for b in bounds], dtype=pl.Float64),
+        pl.Series("high", [b[1] for b in bounds], dtype=pl.Float64),
+    )
+
+
 def rating(told: pl.DataFrame, by: Sequence[str] = ()) -> pl.DataFrame:
     """Mean of the ratings (1 to 5): `value`, `low`, `high` (t interval, 95 %), `n` ratings."""
     sums = [pl.col("rating").sum(), pl.col("squares").sum(), pl.col("ratings").sum().alias("n")]

@@ -14,7 +14,7 @@ from agentkit_tracking.operations.filters import Filter, bucket_of
 if TYPE_CHECKING:
     import duckdb
 
-SAMPLE = 400  # inputs that are compared with the golden set
+SAMPLE = 400  # inputs that are compared with the golden set, or the time before
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,9 @@ class Page:
     routes: pl.DataFrame
     sampled_system: str | None  # the one that was asked for, or the one with most runs
     sample: list[str]  # of its inputs, as JSON
+    # The same of as long a time before, where the choice names one.
+    sample_before: list[str]
+    routes_before: dict[str, int]
 
 
 def choices(connection: duckdb.DuckDBPyConnection) -> pl.DataFrame:
@@ -61,7 +64,7 @@ def look(connection: duckdb.DuckDBPyConnection, chosen: Filter | None = None, *,
     """All figures at once, on one connection of the run log: none is newer than another.
 
     Args:
-        sample: how many inputs to bring for a comparison with the golden set; 0 for none.
+        sample: how many inputs to bring for a comparison with the golden set or the time before; 0 for none.
     """
     chosen = chosen or Filter()
     bucket = bucket_of(_length(connection, chosen))
@@ -71,19 +74,22 @@ def look(connection: duckdb.DuckDBPyConnection, chosen: Filter | None = None, *,
     by_runs = cells.group_by("system").agg(pl.col("runs").sum()).sort("runs", "system", descending=[True, False])
     system = by_runs["system"][0] if runs else None
     of_system = int(by_runs["runs"][0]) if runs else 0
+    before = chosen.before()
+    cells_before = None if before is None else queries.cells(connection, before, bucket)
+    routes_before = {} if cells_before is None else _routes(cells_before, system)
     return Page(
         chosen=chosen,
         bucket=bucket,
         runs=runs,
         unfinished=queries.unfinished(connection, chosen),
-        headline=_headline(connection, chosen, cells, told, of_versions, bucket),
+        headline=_headline(connection, chosen, _single(cells, told, of_versions), cells_before, bucket),
         rates=figures.rates(cells, told, ["at"]),
         rates_of_versions=figures.rates(cells, told, figures.VERSION),
         costs=figures.cost_per_success(cells, ["at"]),
         costs_of_versions=figures.cost_per_success(cells, figures.VERSION),
         latency=queries.latency(connection, chosen, bucket),
         latency_of_versions=of_versions,
-        tools=queries.tools(connection, chosen),
+        tools=figures.with_failures(queries.tools(connection, chosen)),
         decisions=queries.decisions(connection, chosen, bucket),
         refusals=figures.refusals(cells),
         errors=figures.errors(cells),
@@ -94,7 +100,17 @@ def look(connection: duckdb.DuckDBPyConnection, chosen: Filter | None = None, *,
         sample=queries.inputs(connection, replace(chosen, system=system), of_system, sample)
         if system and sample
         else [],
+        sample_before=queries.inputs(connection, replace(before, system=system), sum(routes_before.values()), sample)
+        if before and system and sample
+        else [],
+        routes_before=routes_before,
     )
+
+
+def _routes(cells: pl.DataFrame, system: str | None) -> dict[str, int]:
+    """How often each route of a system was taken."""
+    taken = figures.routes(cells).filter(pl.col("system") == system).group_by("route").agg(pl.col("runs").sum())
+    return dict(taken.select("route", "runs").iter_rows())
 
 
 def _length(connection: duckdb.DuckDBPyConnection, chosen: Filter) -> timedelta:
@@ -111,22 +127,23 @@ _BEFORE = {"value": "before", "low": "before_low", "high": "before_high"}
 def _headline(
     connection: duckdb.DuckDBPyConnection,
     chosen: Filter,
-    cells: pl.DataFrame,
-    told: pl.DataFrame,
-    latency: pl.DataFrame,
+    now: pl.DataFrame,
+    cells_before: pl.DataFrame | None,
     bucket: int,
 ) -> pl.DataFrame:
-    """`figure`, its `value` with `low` and `high`, `n`; the same `before`, in as long a time before this one."""
-    now = _single(cells, told, latency)
+    """`figure`, its `value` with `low` and `high`, `n`; the same `before`, in as long a time before this one.
+
+    `is_changed` where both have an interval and these do not overlap.
+    """
     before = chosen.before()
-    if before is None:
-        return now.with_columns(pl.lit(None, pl.Float64).alias(name) for name in _BEFORE.values())
-    then = _single(
-        queries.cells(connection, before, bucket),
-        queries.told(connection, before, bucket),
-        queries.latency_of_versions(connection, before),
-    )
-    return now.join(then.select("figure", *_BEFORE).rename(_BEFORE), on="figure", how="left", maintain_order="left")
+    if before is None or cells_before is None:
+        then = now.with_columns(pl.lit(None, pl.Float64).alias(name) for name in _BEFORE.values())
+    else:
+        told, latency = queries.told(connection, before, bucket), queries.latency_of_versions(connection, before)
+        others = _single(cells_before, told, latency).select("figure", *_BEFORE).rename(_BEFORE)
+        then = now.join(others, on="figure", how="left", maintain_order="left")
+    apart = (pl.col("low") > pl.col("before_high")) | (pl.col("high") < pl.col("before_low"))
+    return then.with_columns(apart.fill_null(False).alias("is_changed"))
 
 
 def _single(cells: pl.DataFrame, told: pl.DataFrame, latency: pl.DataFrame) -> pl.DataFrame:

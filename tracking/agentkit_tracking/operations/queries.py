@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 _WHOSE = "system, coalesce(release, '') AS release, stage"
-NOBODY_S = 0.1  # a decision sooner than that was no person's: nobody was there, or a script decided
 
 
 def cells(connection: duckdb.DuckDBPyConnection, chosen: Filter, bucket: int) -> pl.DataFrame:
@@ -117,17 +116,22 @@ def tools(connection: duckdb.DuckDBPyConnection, chosen: Filter) -> pl.DataFrame
     )
 
 
-def decisions(connection: duckdb.DuckDBPyConnection, chosen: Filter, bucket: int) -> pl.DataFrame:
-    """What people were asked: `verdict` (approve, modify, reject; none where nothing came of it), `asked`, seconds `p50`, `p95`.
+# Of an approval: a person is named who answered. Events of earlier versions tell it by the name alone.
+_PERSON = "(waited_s IS NOT NULL OR started_at IS NULL AND (private->'outputs'->>'by') IS NOT NULL)"
 
-    By bucket (`at`), and of all where that is null. What was answered within 0.1 s nobody has read: its verdict is `nobody`.
+
+def decisions(connection: duckdb.DuckDBPyConnection, chosen: Filter, bucket: int) -> pl.DataFrame:
+    """What people were asked: `verdict` (approve, modify, reject), `asked`, seconds from question to answer `p50`, `p95`.
+
+    By bucket (`at`), and of all where that is null. Where no person is named who answered (nobody was there or answered in time,
+    or code did), the verdict is `nobody`; where there is no answer (the run was stopped), `none`.
     """
     where, values = chosen.where("logged_at")
     return _frame(
         connection,
         f"""SELECT "at", verdict, count(*) AS asked, quantile_cont(seconds, 0.5) AS p50, quantile_cont(seconds, 0.95) AS p95
-        FROM (SELECT {bucketed("logged_at", bucket)} AS "at", seconds,
-            CASE WHEN seconds < {NOBODY_S} THEN 'nobody' ELSE coalesce(result, 'none') END AS verdict
+        FROM (SELECT {bucketed("logged_at", bucket)} AS "at", coalesce(waited_s, seconds) AS seconds,
+            CASE WHEN result IS NULL THEN 'none' WHEN {_PERSON} THEN result ELSE 'nobody' END AS verdict
             FROM events WHERE type = 'approval' AND {where})
         GROUP BY GROUPING SETS (("at", verdict), (verdict)) ORDER BY "at" NULLS LAST, verdict""",
         values,

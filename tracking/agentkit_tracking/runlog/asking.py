@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentkit.errors import UsageError
-from agentkit_tracking.runlog.database import quoted
+from agentkit_tracking.runlog.database import Database, one, quoted
+from agentkit_tracking.runlog.lake import Lake
 
 if TYPE_CHECKING:
     import duckdb
@@ -18,6 +20,9 @@ ONLY_READING = (
     "only a query that reads the views runs, outcomes, steps, feedback and events is taken, one at a time (for anything else: "
     "RunLog().connection() in Python, or DuckDB on a file of `agentkit log export`)"
 )
+# What a query on a lake may name: DuckDB's own confinement does not hold functions of its extensions, which reach the catalogue.
+_VIEWS = ("runs", "outcomes", "steps", "feedback", "events")
+_FUNCTIONS = ("unnest", "range", "generate_series", "json_each", "json_tree")
 _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(?:ANALYZE\s+|\([^()]*\)\s*)?", re.IGNORECASE)
 _PIVOT = re.compile(r"\s*PIVOT\b", re.IGNORECASE)
 _PIVOTS = (["MULTI"], ["CREATE", "SELECT"])  # in DuckDB 2 and 1: its values are looked up before
@@ -25,7 +30,7 @@ _DAYS = (-719_162, 2_932_896)  # that Python has dates for, from 1970 on
 _UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}  # in a day
 
 
-def check(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+def check(connection: duckdb.DuckDBPyConnection, query: str, database: Database) -> None:
     """Refuse what is not one statement that reads.
 
     Raises:
@@ -40,18 +45,56 @@ def check(connection: duckdb.DuckDBPyConnection, query: str) -> None:
     if found == ["EXPLAIN"]:  # with ANALYZE it does what it explains
         start = _EXPLAIN.match(query)
         with suppress(duckdb.Error):  # a comment in between, or the like
-            found = _kinds(connection, query[start.end() :]) if start else found
+            explained = query[start.end() :] if start else query
+            found = _kinds(connection, explained)
+            query = explained
     if found != ["SELECT"] and not (found in _PIVOTS and _PIVOT.match(query)):
         raise UsageError(ONLY_READING)
+    if isinstance(database, Lake):
+        _check_names(connection, query)
 
 
 def _kinds(connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
     return [statement.type.name for statement in connection.extract_statements(query)]
 
 
-def confine(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+def _check_names(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+    """Refuse what names any other table or table function, as DuckDB's own parser has it.
+
+    Raises:
+        UsageError: it does, or its parts cannot be told.
+    """
+    tree = json.loads(one(connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query])))
+    if tree["error"]:
+        raise UsageError(f"{ONLY_READING}; in a lake, PIVOT needs its values: ON column IN (…)")
+    nodes = list(_nodes(tree))
+    own = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", [])}
+    for node in nodes:
+        if node.get("type") == "BASE_TABLE":
+            name, place = node["table_name"], node["catalog_name"] or node["schema_name"]
+            is_known = not place and name.lower() in (*_VIEWS, *own)
+        elif node.get("type") == "TABLE_FUNCTION":
+            name = node["function"]["function_name"]
+            is_known = name.lower() in _FUNCTIONS
+        else:
+            continue
+        if not is_known:
+            raise UsageError(f"{ONLY_READING}; this one names {name!r}")
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for part in tree:
+            yield from _nodes(part)
+
+
+def confine(connection: duckdb.DuckDBPyConnection, database: Database) -> None:
     """Keep a connection to the run log's own files from here on."""
-    connection.execute(f"SET allowed_directories = [{quoted(folder / 'archive')}]")
+    place = f"{database.data_path.rstrip('/')}/" if isinstance(database, Lake) else database.folder / "archive"
+    connection.execute(f"SET allowed_directories = [{quoted(place)}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from agentkit_tracking.runlog.segments import Line, erase, lines
+from agentkit_tracking.runlog.segments import Line, erase, lines, segment_files
+
+if TYPE_CHECKING:
+    import duckdb
 
 _CHUNK = 32 << 20  # bytes read at once
 _EMPTY = b"{}"  # nothing private in it
 OF_CALLED = ("outcome", "handoff")  # types of events of a run that hold something of those it called
+# In SQL, with the table `doomed`: events that still have something private, all of these runs, and of their callers what holds
+# something of them.
+HAVE = (
+    "private IS NOT NULL AND private <> '{}' AND (run_id IN (SELECT run_id FROM doomed WHERE is_whole) "
+    f"OR type IN {OF_CALLED} AND run_id IN (SELECT run_id FROM doomed))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,35 @@ def told_by(event: str | bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return told if isinstance(told, dict) else None
+
+
+def doom(connection: duckdb.DuckDBPyConnection, runs: Named) -> None:
+    """Make the table `doomed` of these runs."""
+    connection.execute("CREATE OR REPLACE TEMP TABLE doomed (run_id VARCHAR, is_whole BOOLEAN)")
+    for those, is_whole in ((runs.runs, True), (runs.callers, False)):
+        connection.execute("INSERT INTO doomed SELECT unnest(?::VARCHAR[]), ?", [sorted(set(those)), is_whole])
+
+
+def of_runs(runs: Named) -> Callable[[Line], bool]:
+    """Chooses the lines of these runs that hold something private of them."""
+    whole, callers = set(runs.runs), set(runs.callers)
+
+    def chosen(line: Line) -> bool:
+        told = told_by(line.event) or {}
+        run, kind = told.get("run_id"), told.get("type")
+        return isinstance(run, str) and (run in whole or (run in callers and kind in OF_CALLED))
+
+    return chosen
+
+
+def blank_stretches(segments: Path, stretches: Iterable[tuple[str, int, int]]) -> None:
+    """Take the private parts out of stretches (segment, first and last number), in the files that are still there."""
+    of: dict[str, list[tuple[int, int]]] = {}
+    for segment, first, last in stretches:
+        of.setdefault(segment, []).append((first, last))
+    for path in segment_files(segments):
+        if within := of.get(path.stem):
+            blank(path, lambda line, within=within: any(a <= line.n <= b for a, b in within))  # type: ignore[misc]
 
 
 def blank(path: Path, chosen: Callable[[Line], bool]) -> int:

@@ -1,7 +1,8 @@
 """One person's data taken out of the run log, on request; the chain can still be verified, and says that it happened.
 
 First an `erasure` event names the runs; then their private parts go, from segment files, archives and database. A kill in between
-leaves the event, and whoever erases next finishes what it names.
+leaves the event, and whoever erases next finishes what it names. From a lake they go for all machines; what lies on the disks of
+others goes with their next fold.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agentkit.errors import UsageError
 from agentkit_tracking.home import author
-from agentkit_tracking.runlog import reading, upkeep
-from agentkit_tracking.runlog.blanking import OF_CALLED, Named, blank, named, told_by
+from agentkit_tracking.runlog import lake_upkeep, reading, upkeep
+from agentkit_tracking.runlog.blanking import HAVE, Named, blank, doom, named, of_runs
 from agentkit_tracking.runlog.database import one, transaction
-from agentkit_tracking.runlog.segments import ERASED_SALT, segment_files
+from agentkit_tracking.runlog.lake import Lake
+from agentkit_tracking.runlog.segments import ERASED_SALT, Line, segment_files
 from agentkit_tracking.runlog.trace_erasure import delete_traces
 
 if TYPE_CHECKING:
@@ -28,11 +30,6 @@ _log = logging.getLogger(__name__)
 _HASH = re.compile(r"[0-9a-f]{16}")
 _RUNS_IN_EVENT = 5_000
 _PATIENCE_S = 60.0  # for readers to leave
-# Events that still have something private: all of these runs, and of their callers what holds something of them.
-_HAVE = (
-    "private IS NOT NULL AND private <> '{}' AND (run_id IN (SELECT run_id FROM doomed WHERE is_whole) "
-    f"OR type IN {OF_CALLED} AND run_id IN (SELECT run_id FROM doomed))"
-)
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,8 @@ class Erased:
     traces: int = 0
     traces_left: str = ""  # why traces could not be removed
     callers: tuple[str, ...] = ()  # runs of which only outcome and handoffs were taken out
+    # Other machines that fold into the same lake, and when they did last: what they had not folded by then was not reached.
+    others: tuple[str, ...] = ()
 
 
 def erase_user(
@@ -77,29 +76,35 @@ def erase_user(
     pseudonym = _pseudonym(user, user_hash)
     if not why.strip():
         raise UsageError("an erasure is recorded with why: give a reason, without naming the person")
-    upkeep.upkeep_is_ours(log)
     log.fold()
-    with upkeep.alone(log):
-        upkeep.remove_orphans(log)
-        with reading.connection(log) as connection:
-            doomed, roots = _doomed(connection, pseudonym)
+    with lake_upkeep.in_turn(log.database):
+        with upkeep.alone(log):
+            upkeep.remove_orphans(log)
+            with reading.connection(log) as connection:
+                doomed, roots = _doomed(connection, pseudonym)
+            if doomed != Named():
+                _announce(log, doomed, why, by or author())
         progress(0, 5)
+        if isinstance(log.database, Lake):  # other machines must be able to read why before anything is gone
+            upkeep.fold_all(log)
+            lake_upkeep.share_erasures(log.database)
         count = 0
-        if doomed != Named():
-            _announce(log, doomed, why, by or author())
-            count += _erase_in_files(log, doomed)
-            progress(1, 5)
-            count += _erase_in_archives(log, doomed)
-            progress(2, 5)
-            count += _erase_in_database(log, doomed)
-            progress(3, 5)
-        _settle(log)
-        progress(4, 5)
+        with upkeep.alone(log):
+            if doomed != Named():
+                count += _erase_in_files(log, doomed)
+                progress(1, 5)
+                if not log.database.is_shared:
+                    count += _erase_in_archives(log, doomed)
+                progress(2, 5)
+                count += _erase_in_database(log, doomed)
+                progress(3, 5)
+            others = _settle(log, pseudonym)
+            progress(4, 5)
     traces, left = delete_traces(roots)
     progress(5, 5)
     if kept := sorted(log.folder.parent.glob("runs/*.jsonl.brought-over")):
         _log.warning("%s and %d more old files may hold data of anybody; delete them", kept[0], len(kept) - 1)
-    return Erased(doomed.runs, count, traces, left, doomed.callers)
+    return Erased(doomed.runs, count, traces, left, doomed.callers, others)
 
 
 def _pseudonym(user: str | None, user_hash: str | None) -> str:
@@ -122,7 +127,7 @@ def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Name
     """
     told = connection.execute("SELECT event FROM every_event WHERE type = 'erasure'").fetchall()
     before = [erasure for (event,) in told if (erasure := named(event)) is not None]
-    connection.execute(_DOOMED)
+    doom(connection, Named(tuple(run for erasure in before for run in erasure.runs)))
     connection.execute("CREATE TEMP TABLE parents AS SELECT DISTINCT run_id, parent, system FROM every_event "
                        "WHERE run_id IS NOT NULL AND type IN ('run', 'outcome')")  # fmt: skip
     connection.execute(
@@ -130,16 +135,18 @@ def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Name
         "IS NOT NULL UNION SELECT p.run_id FROM parents p JOIN below b ON p.parent = b.run_id) SELECT run_id, true FROM below",
         [pseudonym],
     )
-    _insert(connection, {run for erasure in before for run in erasure.runs}, is_whole=True)
     connection.execute(
         "INSERT INTO doomed WITH RECURSIVE above AS (SELECT parent FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
         "UNION SELECT p.parent FROM parents p JOIN above a ON p.run_id = a.parent) "
         "SELECT parent, false FROM above WHERE parent IS NOT NULL AND parent NOT IN (SELECT run_id FROM doomed)"
     )
-    _insert(connection, {run for erasure in before for run in erasure.callers}, is_whole=False)
+    connection.execute(
+        "INSERT INTO doomed SELECT unnest(?::VARCHAR[]), false",
+        [sorted({run for erasure in before for run in erasure.callers})],
+    )
     rows = connection.execute(
         "SELECT run_id, run_id IN (SELECT run_id FROM doomed WHERE is_whole) AS is_whole FROM every_event "
-        f"WHERE {_HAVE} GROUP BY 1 ORDER BY 1"
+        f"WHERE {HAVE} GROUP BY 1 ORDER BY 1"
     ).fetchall()
     roots = connection.execute(
         "WITH RECURSIVE above AS (SELECT run_id, parent, system FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
@@ -164,21 +171,17 @@ def _announce(log: RunLog, doomed: Named, why: str, by: str) -> None:
 
 
 def _erase_in_files(log: RunLog, doomed: Named) -> int:
-    wanted, callers = set(doomed.runs), set(doomed.callers)
-    folded = _folded_up_to(log)
+    doomed_line, folded = of_runs(doomed), _folded_up_to(log)
     count = 0
     for path in segment_files(log.segments):
         next_byte = folded.get(path.stem, 0)
         fresh = 0
 
-        def chosen(line: Any, next_byte: int = next_byte) -> bool:
+        def chosen(line: Line, next_byte: int = next_byte) -> bool:
             nonlocal fresh
-            told = told_by(line.event) or {}
-            run, kind = told.get("run_id"), told.get("type")
-            if not isinstance(run, str) or not (run in wanted or (run in callers and kind in OF_CALLED)):
-                return False
-            fresh += line.offset >= next_byte  # the others are counted where they are folded to
-            return True
+            is_doomed = doomed_line(line)
+            fresh += is_doomed and line.offset >= next_byte  # the others are counted where they are folded to
+            return is_doomed
 
         blank(path, chosen)
         count += fresh
@@ -201,14 +204,14 @@ def _erase_in_archives(log: RunLog, doomed: Named) -> int:
         source = upkeep.parquet(log.folder, [file])
         with log.database.reading() as connection:
             assert connection is not None
-            _table(connection, doomed)
-            found = int(one(connection.execute(f"SELECT count(*) FROM {source} WHERE {_HAVE}")))
+            doom(connection, doomed)
+            found = int(one(connection.execute(f"SELECT count(*) FROM {source} WHERE {HAVE}")))
         if not found:
             continue
         new = upkeep.new_archive(log, day)
         with log.database.reading() as connection:
             assert connection is not None
-            _table(connection, doomed)
+            doom(connection, doomed)
             events, digest = upkeep.write_archive(connection, _without(source), log.folder, new)
         with log.database.writing(_PATIENCE_S) as connection:
             with transaction(connection):
@@ -226,37 +229,43 @@ def _erase_in_archives(log: RunLog, doomed: Named) -> int:
 def _without(source: str) -> str:
     """All rows of a source, those of `doomed` runs without what is private."""
     blanked = {"user_hash": "NULL", "session": "NULL", "private": "NULL", "salt": f"'{ERASED_SALT.decode()}'"}
-    changed = ", ".join(f"CASE WHEN {_HAVE} THEN {value} ELSE {name} END AS {name}" for name, value in blanked.items())
+    changed = ", ".join(f"CASE WHEN {HAVE} THEN {value} ELSE {name} END AS {name}" for name, value in blanked.items())
     return f"SELECT * REPLACE ({changed}) FROM (SELECT {upkeep.WHOLE} FROM {source})"
 
 
 def _erase_in_database(log: RunLog, doomed: Named) -> int:
-    with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
-        _table(connection, doomed)
-        return int(
-            one(
-                connection.execute(
-                    "UPDATE log.events SET user_hash = NULL, session = NULL, private = NULL, "
-                    f"salt = '{ERASED_SALT.decode()}' WHERE {_HAVE}"
+    count = 0
+
+    def take_out(connection: duckdb.DuckDBPyConnection) -> None:
+        nonlocal count
+        with transaction(connection):
+            count = int(
+                one(
+                    connection.execute(
+                        "UPDATE log.events SET user_hash = NULL, session = NULL, private = NULL, "
+                        f"salt = '{ERASED_SALT.decode()}' WHERE {HAVE}"
+                    )
                 )
             )
-        )
+
+    with log.database.writing(_PATIENCE_S) as connection:
+        doom(connection, doomed)
+        log.database.retrying(lambda: take_out(connection))
+    return count
 
 
-def _settle(log: RunLog) -> None:
-    """Leave nothing readable behind: DuckDB keeps what was overwritten until its file is written anew."""
-    upkeep.give_back(log, always=True)
-    upkeep.remove_orphans(log)
+def _settle(log: RunLog, pseudonym: str) -> tuple[str, ...]:
+    """Leave nothing readable behind: DuckDB keeps what was overwritten until its file is written anew.
 
-
-_DOOMED = "CREATE TEMP TABLE doomed (run_id VARCHAR, is_whole BOOLEAN)"
-
-
-def _table(connection: duckdb.DuckDBPyConnection, doomed: Named) -> None:
-    connection.execute(_DOOMED)
-    _insert(connection, set(doomed.runs), is_whole=True)
-    _insert(connection, set(doomed.callers), is_whole=False)
-
-
-def _insert(connection: duckdb.DuckDBPyConnection, runs: set[str], *, is_whole: bool) -> None:
-    connection.execute("INSERT INTO doomed SELECT unnest(?::VARCHAR[]), ?", [sorted(runs), is_whole])
+    Returns:
+        Other machines, if there may be any.
+    """
+    if not isinstance(log.database, Lake):
+        upkeep.give_back(log, always=True)
+        upkeep.remove_orphans(log)
+        return ()
+    with log.database.reading() as connection:
+        assert connection is not None
+        lake_upkeep.catch_up(log.database, log.segments, connection)
+    lake_upkeep.settle(log.database, pseudonym=pseudonym)
+    return lake_upkeep.others(log.database, log.segments)

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 from agentkit.errors import UsageError
@@ -114,6 +115,8 @@ def stepped(run: Any, step: Step, number: int, keep: Callable[[Any], Any]) -> Ev
         event["tries"] = step.tries
     if step.error is not None:
         event["error_type"] = _error_type(step.error)
+    if step.kind == "approval":
+        event |= _answered(step)
     result = _result(step)
     if result is not None:
         event["result"] = result
@@ -124,7 +127,9 @@ def stepped(run: Any, step: Step, number: int, keep: Callable[[Any], Any]) -> Ev
     }
     if event["name"] == OTHER:
         private["name"] = step.name
-    return event, keep(private) if private else private
+    kept = keep(private) if private else private
+    # Whole, whatever is done to text: who let a call be made is what an audit asks first. Private, as it is a person's name.
+    return event, kept if step.decided_by is None else {**kept, "decided_by": step.decided_by}
 
 
 def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
@@ -212,6 +217,22 @@ def _error_type(error: str) -> str:
     return head if is_class else "error"
 
 
+def _answered(step: Step) -> dict[str, Any]:
+    """Of an approval, when it was asked and, only where a person is named who answered, how long that took.
+
+    So that a person did is told without the name, and stays told when that is erased.
+    """
+    said = step.outputs if isinstance(step.outputs, dict) else {}
+    found: dict[str, Any] = {} if step.decided_by is None else {"waited_s": step.seconds}
+    try:
+        asked, answered = (datetime.fromisoformat(said[name]) for name in ("asked_at", "at"))
+        waited = (answered - asked).total_seconds()
+    except (KeyError, TypeError, ValueError):  # an approver may write anything there
+        return found
+    # Whoever decides elsewhere has another clock.
+    return {"started_at": asked.isoformat(), **{name: max(0.0, waited) for name in found}}
+
+
 def _result(step: Step) -> str | None:
     """In a word how it ended, of a closed set of words."""
     if step.kind == "approval":
@@ -242,4 +263,5 @@ def step_of(row: dict[str, Any]) -> Step:
         usd=math.nan if row["usd"] is None else row["usd"],  # what cannot be read as a number was NaN: unknown
         cached=bool(row["cached"]),
         tries=row["tries"] or 0,
+        decided_by=row.get("decided_by"),
     )

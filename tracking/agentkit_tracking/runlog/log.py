@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from agentkit.errors import UsageError
+from agentkit.errors import AgentkitError, UsageError
 from agentkit.records import RunRecord, Step
 from agentkit.runs import REHEARSALS
 from agentkit_tracking.home import home
@@ -47,6 +47,7 @@ class RunLog:
         self._lock, self._pid = threading.Lock(), os.getpid()
         self._segment: Segment | None = None  # of the process `_pid`
         self._known: dict[str, set[int]] = {}  # runs under way: which of their steps are kept
+        self._unsettled: dict[str, Path] = {}  # runs of which more may be kept than is known, and where it was to go
 
     @property
     def segments(self) -> Path:
@@ -61,9 +62,10 @@ class RunLog:
         Raises:
             LogUnwritable: nothing of it was written; earlier events are untouched.
         """
-        known = self._known.get(record.run_id)
+        known = self._kept(record.run_id)
         self._own().append(events.finished(record, known, self._keep))
         self._known.pop(record.run_id, None)
+        self._unsettled.pop(record.run_id, None)
         if self._sync != "off" and record.kind not in REHEARSALS:
             self._own().sync()
 
@@ -73,13 +75,35 @@ class RunLog:
         Raises:
             LogUnwritable: none of them was written.
         """
-        new = [] if run.run_id in self._known else [events.began(run, self._keep)]
-        new += [events.stepped(run, step, number, self._keep) for number, step in steps if step.run is None]
+        known = self._kept(run.run_id)
+        new = [] if known is not None else [events.began(run, self._keep)]
+        new += [
+            events.stepped(run, step, number, self._keep)
+            for number, step in steps
+            if step.run is None and number not in (known or ())
+        ]
+        own = self._own()
+        self._unsettled[run.run_id] = own.path  # an interrupt may come when they are written and not known yet
         if new:
-            self._own().append(new)
+            own.append(new)
         self._known.setdefault(run.run_id, set()).update(number for number, _ in steps)
+        self._unsettled.pop(run.run_id, None)
         if self._sync == "step":
             self._own().sync()
+
+    def _kept(self, run_id: str) -> set[int] | None:
+        """Which steps of a run under way are kept, by their places; None if not even that it began."""
+        if (path := self._unsettled.get(run_id)) is not None:
+            from agentkit_tracking.runlog import reading
+
+            with suppress(AgentkitError, OSError):  # it cannot be read now: rather a step twice than none
+                # Of a file that another thread has left, everything may be folded by now.
+                is_ours = self._segment is not None and self._segment.path == path
+                found = reading.kept_in(path, run_id) if is_ours else reading.kept(self, run_id)
+                if found is not None:
+                    self._known[run_id] = self._known.get(run_id, set()) | found
+                self._unsettled.pop(run_id, None)
+        return self._known.get(run_id)
 
     def write(self, new: Sequence[Event], *, sync: bool = True) -> list[str]:
         """Append events of any kind, in one write; returns their ids."""
@@ -168,9 +192,8 @@ class RunLog:
 
         with self.connection() as connection:
             try:
-                asking.check(connection, query)
-                if not self.database.is_shared:  # a lake is read over the network
-                    asking.confine(connection, self.folder)
+                asking.check(connection, query, self.database)
+                asking.confine(connection, self.database)
                 return asking.frame(connection.sql(query, params=parameters))
             except duckdb.PermissionException as e:
                 raise UsageError(f"{asking.ONLY_READING}: {e}") from e
@@ -235,7 +258,7 @@ def _record(connection: duckdb.DuckDBPyConnection, run_id: str) -> RunRecord:
             steps += _handed(connection, step)
     for name in ("inputs", "output", "effects", "partial"):
         row[name] = _parsed(row[name])
-    names = {f for f in RunRecord.__slots__ if f not in ("steps", "result")}
+    names = {f for f in RunRecord.__slots__ if f not in ("steps", "result", "pid")}
     values = {name: row[name] for name in names}
     values["started_at"] = row["started_at"].isoformat()
     values["inputs"] = row["inputs"] or {}

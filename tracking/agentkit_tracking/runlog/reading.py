@@ -7,10 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import orjson
+
 from agentkit_tracking.runlog.database import one, quoted
 from agentkit_tracking.runlog.events import COLUMNS, STEPS
 from agentkit_tracking.runlog.folding import ROWS, Position, SegmentGone, as_table, parts, positions
-from agentkit_tracking.runlog.segments import segment_files
+from agentkit_tracking.runlog.segments import Line, lines, segment_files
 
 if TYPE_CHECKING:
     import duckdb
@@ -52,7 +54,8 @@ _VIEWS = (
         private->'inputs' AS inputs, private->'outputs' AS outputs, model, coalesce(tokens_in, 0) AS tokens_in,
         coalesce(tokens_out, 0) AS tokens_out, CASE WHEN model IS NULL THEN coalesce(usd, 0) ELSE usd END AS usd,
         private->>'error' AS error, coalesce(cached, false) AS cached, coalesce(tries, 0) AS tries, result, error_type,
-        stage, logged_at
+        stage, logged_at, CASE WHEN type = 'approval' THEN coalesce(private->>'decided_by', private->'outputs'->>'by') END AS decided_by,
+        started_at AS asked_at, waited_s
     FROM every_event WHERE type IN ({_STEPS})""",
     # What people said of a run.
     """CREATE VIEW feedback AS SELECT run_id, logged_at AS given_at, name AS source, result AS label, rating, private->>'comment' AS comment,
@@ -80,6 +83,30 @@ def connection(log: RunLog) -> Iterator[duckdb.DuckDBPyConnection]:
                 continue
             yield opened
             return
+
+
+def kept(log: RunLog, run_id: str) -> set[int] | None:
+    """The places of the steps of a run that the log holds; None if it does not hold that it began.
+
+    Raises:
+        LogBusy: another program keeps the database locked.
+    """
+    with connection(log) as opened:
+        query = f"SELECT step FROM every_event WHERE run_id = ? AND type IN ('run', {_STEPS})"
+        return _places([step for (step,) in opened.execute(query, [run_id]).fetchall()])
+
+
+def kept_in(path: Path, run_id: str) -> set[int] | None:
+    """As `kept`, of what one segment holds of the run."""
+    own = b'"run_id":' + orjson.dumps(run_id)
+    told = [
+        orjson.loads(line.event) for line in lines(path.read_bytes()) if isinstance(line, Line) and own in line.event
+    ]
+    return _places([event.get("step") for event in told if event["run_id"] == run_id])
+
+
+def _places(steps: list[int | None]) -> set[int] | None:
+    return {step - 1 for step in steps if step is not None} if steps else None
 
 
 def _prepare(log: RunLog, opened: duckdb.DuckDBPyConnection) -> None:

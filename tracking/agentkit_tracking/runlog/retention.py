@@ -2,6 +2,7 @@
 
 Each step can be cut off by a kill: a Parquet file counts once `log.archives` names it, in the transaction that takes its events out
 of the database. What a killed process left behind is removed by the next one: files that the database says may go, and no others.
+A lake is Parquet files anyway, many small ones; there `compact` makes them few.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from agentkit.errors import UsageError
-from agentkit_tracking.runlog import upkeep
-from agentkit_tracking.runlog.blanking import blank
+from agentkit_tracking.runlog import lake_upkeep, upkeep
+from agentkit_tracking.runlog.blanking import blank_stretches
 from agentkit_tracking.runlog.database import LogBusy, one, transaction
-from agentkit_tracking.runlog.segments import segment_files
+from agentkit_tracking.runlog.lake import Lake
 
 if TYPE_CHECKING:
     import duckdb
@@ -26,18 +27,20 @@ _PATIENCE_S = 60.0  # for readers to leave
 
 @dataclass(frozen=True)
 class Kept:
-    """What retention did: days and events that were moved or removed, and bytes by which the database file shrank."""
+    """What retention did: days and events that were moved or removed, and bytes by which the database (file) shrank."""
 
     days: int = 0
     events: int = 0
     freed_bytes: int = 0
     archive_bytes: int = 0
+    files: int | None = None  # Parquet files of a lake, as it is now
 
 
 def compact(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upkeep.quiet) -> Kept:
     """Move whole past days (UTC, by when they were logged) from the database into `archive/day=…/….parquet`.
 
-    Queries, `verify` and erasures see archived events as before.
+    Queries, `verify` and erasures see archived events as before. In a lake no day is moved: many small files become few large
+    ones, whatever their days, and old snapshots, which nobody reads, expire.
 
     Args:
         older_than_days: days that stay in the database, beside today.
@@ -47,8 +50,9 @@ def compact(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = up
         UsageError: the number of days is negative.
     """
     first = _first_kept(older_than_days)
-    upkeep.upkeep_is_ours(log)
     log.fold()
+    if isinstance(log.database, Lake):
+        return _compact_lake(log.database, progress)
     events = archive_bytes = 0
     with upkeep.alone(log):
         upkeep.remove_orphans(log)
@@ -69,6 +73,16 @@ def compact(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = up
     return Kept(len(days), events, freed, archive_bytes)
 
 
+def _compact_lake(lake: Lake, progress: upkeep.Progress) -> Kept:
+    progress(0, 2)
+    with lake_upkeep.in_turn(lake):
+        lake_upkeep.drop_positions(lake)
+        progress(1, 2)
+        before, after = lake_upkeep.settle(lake, merge=True)
+    progress(2, 2)
+    return Kept(freed_bytes=before.bytes - after.bytes, files=after.files)
+
+
 def prune(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upkeep.quiet) -> Kept:
     """Remove whole past days for good, from the database and the archive.
 
@@ -81,36 +95,53 @@ def prune(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upke
     from agentkit_tracking import keys
 
     first = _first_kept(older_than_days)
-    upkeep.upkeep_is_ours(log)
     log.fold()
-    with upkeep.alone(log):
+    with lake_upkeep.in_turn(log.database), upkeep.alone(log):
         upkeep.remove_orphans(log)
         with log.database.reading() as connection:
             if connection is None:
                 return Kept()
-            files = [(day, file) for day, file, _, _ in upkeep.archived(connection) if day < first]
+            files = [file for day, file, _, _ in upkeep.archived(connection) if day < first]
         progress(0, len(files) + 1)
         key = keys.signing_key()
-        with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
-            gone = _gone(connection, log, [file for _, file in files], first)
-            days = int(one(connection.execute("SELECT count(DISTINCT logged_at::DATE) FROM gone")))
-            events = int(one(connection.execute("SELECT count(*) FROM gone")))
-            _sign(connection, gone, key)
-            connection.execute(
-                "DELETE FROM log.archives WHERE file IN (SELECT unnest(?::VARCHAR[]))", [[f for _, f in files]]
-            )
-            upkeep.expendable(connection, [file for _, file in files])
-            connection.execute(f"DELETE FROM log.events WHERE {_until(first)}")
+        days = events = 0
+
+        def remove(connection: duckdb.DuckDBPyConnection) -> None:
+            nonlocal days, events
+            with transaction(connection):
+                days, events = _remove(connection, log, files, first, key)
+
+        with log.database.writing(_PATIENCE_S) as connection:
+            log.database.retrying(lambda: remove(connection))
         _blank_in_files(log)
         size = 0
-        for done, (_, file) in enumerate(files, 1):
+        for done, file in enumerate(files, 1):
             size += (log.folder / file).stat().st_size if (log.folder / file).exists() else 0
             (log.folder / file).unlink(missing_ok=True)
             progress(done, len(files) + 1)
         upkeep.remove_orphans(log)
-        freed = upkeep.give_back(log, events) if events else 0
+        if isinstance(log.database, Lake):  # in any case: a prune before may have been killed before it came here
+            before, after = lake_upkeep.settle(log.database)
+            kept = Kept(days, events, before.bytes - after.bytes, files=after.files)
+        else:
+            kept = Kept(days, events, size + (upkeep.give_back(log, events) if events else 0))
         progress(len(files) + 1, len(files) + 1)
-    return Kept(days, events, freed + size)
+    return kept
+
+
+def _remove(
+    connection: duckdb.DuckDBPyConnection, log: RunLog, files: list[str], first: date, key: object
+) -> tuple[int, int]:
+    """Days and events that go, with what is signed of them."""
+    gone = _gone(connection, log, files, first)
+    days = int(one(connection.execute("SELECT count(DISTINCT logged_at::DATE) FROM gone")))
+    events = int(one(connection.execute("SELECT count(*) FROM gone")))
+    _sign(connection, gone, key)
+    if files:
+        connection.execute("DELETE FROM log.archives WHERE file IN (SELECT unnest(?::VARCHAR[]))", [files])
+        upkeep.expendable(connection, files)
+    connection.execute(f"DELETE FROM log.events WHERE {_until(first)}")
+    return days, events
 
 
 def _first_kept(older_than_days: int) -> date:
@@ -159,7 +190,7 @@ def _gone(connection: duckdb.DuckDBPyConnection, log: RunLog, files: list[str], 
     sources = [f"SELECT segment, n, hash, logged_at FROM log.events WHERE {_until(first)}"]
     if files:
         sources.append(f"SELECT segment, n, hash, logged_at FROM {upkeep.parquet(log.folder, files)}")
-    connection.execute(f"CREATE TEMP TABLE gone AS {' UNION ALL '.join(sources)}")
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE gone AS {' UNION ALL '.join(sources)}")
     return connection.execute(
         "SELECT segment, min(n), max(n), arg_max(hash, n) FROM "
         "(SELECT segment, n, hash, n - row_number() OVER (PARTITION BY segment ORDER BY n) AS island "
@@ -186,9 +217,4 @@ def _blank_in_files(log: RunLog) -> None:
     with log.database.reading() as connection:
         assert connection is not None
         rows = connection.execute("SELECT segment, first_n, last_n FROM log.pruned").fetchall()
-    stretches: dict[str, list[tuple[int, int]]] = {}
-    for segment, first, last in rows:
-        stretches.setdefault(segment, []).append((first, last))
-    for path in segment_files(log.segments):
-        if within := stretches.get(path.stem):
-            blank(path, lambda line, within=within: any(a <= line.n <= b for a, b in within))  # type: ignore[misc]
+    blank_stretches(log.segments, rows)

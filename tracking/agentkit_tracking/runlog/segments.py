@@ -194,10 +194,10 @@ class Segment:
         self._abandon()
 
     def _abandon(self) -> None:
-        if self._fd is not None:
+        fd, self._fd = self._fd, None  # first, since an interrupt may come: its number may soon be another file's
+        if fd is not None:
             with suppress(OSError):
-                os.close(self._fd)
-        self._fd = None
+                os.close(fd)
 
 
 def frame(event: dict[str, Any], private: dict[str, Any], before: str, salt: bytes) -> tuple[bytes, str]:

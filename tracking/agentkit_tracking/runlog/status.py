@@ -14,6 +14,8 @@ from agentkit_tracking.runlog.segments import SUFFIX, is_live
 from agentkit_tracking.runlog.upkeep import ARCHIVE, archived
 
 if TYPE_CHECKING:
+    import duckdb
+
     from agentkit_tracking.runlog.log import RunLog
 
 
@@ -31,6 +33,7 @@ class Status:
     pruned: int = 0
     findings: int = 0  # damage that folds came upon
     unsigned: int = 0  # segments whose last folded event no signature covers
+    ended_twice: int = 0  # runs
     segment_bytes: int = 0
     database_bytes: int = 0
     archive_bytes: int = 0
@@ -56,6 +59,7 @@ def status(log: RunLog) -> Status:
             found.pruned = int(one(connection.execute("SELECT coalesce(sum(last_n - first_n + 1), 0) FROM log.pruned")))
             found.findings = int(one(connection.execute("SELECT count(*) FROM log.findings")))
             found.unsigned = int(one(connection.execute(_UNSIGNED)))
+            found.ended_twice = ended_twice(connection, "log.events")
     for path in log.segments.glob(f"*{SUFFIX}"):
         size = _size(path)
         found.segment_bytes += size
@@ -67,6 +71,13 @@ def status(log: RunLog) -> Status:
     found.database_bytes = _size(log.database.path)
     found.archive_bytes = sum(map(_size, (log.folder / ARCHIVE).glob("day=*/*.parquet")))
     return found
+
+
+def ended_twice(connection: duckdb.DuckDBPyConnection, events: str) -> int:
+    """How many runs have several ends among these events, each of which counts: earlier versions wrote one for every
+    process that was forked inside a run and came to its end."""
+    ends = f"SELECT run_id FROM {events} WHERE type = 'outcome' GROUP BY run_id HAVING count(*) > 1"
+    return int(one(connection.execute(f"SELECT count(*) FROM ({ends})")))
 
 
 _UNSIGNED = (

@@ -13,7 +13,6 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agentkit.errors import UsageError
 from agentkit_tracking.runlog.database import LogBusy, lease, one, quoted, transaction
 from agentkit_tracking.runlog.events import COLUMNS
 
@@ -58,17 +57,19 @@ def alone(log: RunLog, patience: float = _PATIENCE_S) -> Iterator[None]:
         time.sleep(0.05)
 
 
-def upkeep_is_ours(log: RunLog) -> None:
-    """Refuse for a log that machines share.
+def fold_all(log: RunLog, patience: float = _PATIENCE_S) -> None:
+    """Fold everything that was appended before.
 
     Raises:
-        UsageError: it is a lake; nothing was done.
+        LogBusy: somebody else was at it all the time, or held the database.
     """
-    if log.database.is_shared:
-        raise UsageError(
-            f"{log.database} is a lake: its past is Parquet already, and old snapshots keep what is deleted. Retention and "
-            "deletion in it are up to DuckLake (ducklake_expire_snapshots, ducklake_cleanup_old_files); nothing was done"
-        )
+    end = time.monotonic() + patience
+    while (done := log.fold()) is None:
+        if time.monotonic() > end:
+            raise LogBusy(f"another process has been folding {log.folder} for {patience:g} s; try again")
+        time.sleep(0.05)
+    if done.busy:
+        raise LogBusy(done.busy)
 
 
 def before(older_than_days: int) -> date:
@@ -141,6 +142,8 @@ def remove_orphans(log: RunLog) -> int:
 
     Of archives, only what the database says may go: it may be a new one, or an old one from a backup.
     """
+    if log.database.is_shared:
+        return 0  # a lake has no archives
     with log.database.reading() as connection:
         unwanted = set() if connection is None else _expendable(connection)
     orphans = [log.folder / file for file in unwanted if (log.folder / file).is_file()]

@@ -14,6 +14,7 @@ from agentkit_tracking.runlog.database import one
 from agentkit_tracking.runlog.files import File, Of, check_file
 from agentkit_tracking.runlog.folding import Position, positions
 from agentkit_tracking.runlog.segments import SUFFIX, segment_files
+from agentkit_tracking.runlog.status import ended_twice
 from agentkit_tracking.runlog.stored import Fault, Stored, missing
 from agentkit_tracking.runlog.upkeep import Progress, alone, quiet, unknown_archives
 
@@ -94,7 +95,10 @@ def _check_folders(
 ) -> None:
     """What lies there and belongs to nothing."""
     for file in [] if log.database.is_shared else unknown_archives(connection, log.folder):
-        what = "an archive file that the database does not know: its events are seen by nobody, and an erasure does not reach it"
+        what = (
+            "an archive file that the database does not know: its events are seen by nobody, and an erasure does not reach it; "
+            "`agentkit log adopt` takes it in if it is whole"
+        )
         report.faults.append(Fault("archive", None, None, file, what))
     names = {path.name for path in paths}
     for path in sorted(log.segments.iterdir()) if log.segments.is_dir() else []:
@@ -122,6 +126,8 @@ def _check_stored(
     nameless = int(one(connection.execute("SELECT count(*) FROM kept WHERE segment IS NULL OR n IS NULL")))
     if nameless:
         report.faults.append(Fault("database", None, None, "database", f"{nameless} rows name no segment and number"))
+    if twice := ended_twice(connection, "kept"):
+        report.remarks.append(f"{twice} runs have several ends, which all count: their program forked inside them")
     _check_ends(done, known, signed_at, report)
     here = {file.segment for file in files}
     for segment, position in known.items():
