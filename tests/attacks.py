@@ -28,7 +28,6 @@ from agentkit_tracking.rules import EVALUATION, PROMPTS, REGISTRATION, VERDICT
 from agentkit_tracking.statements import Evaluation, Evidence, Move, Registration, read, sign, signer
 
 ANYBODY = httpx.Client(verify=False, timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
-WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that take a minute to start
 TABLES = (
     "registered_models", "model_versions", "registered_model_tags", "model_version_tags", "registered_model_aliases",
     "experiments", "runs", "logged_models",
@@ -185,8 +184,7 @@ def guarded_by(database: str, app: str = "agentkit") -> tuple[str, ...]:
 @contextmanager
 def served(home: Path, *arguments: str, workers: int | None = None, wait: bool = True) -> Iterator[Site]:
     """A server on the prepared home, which also serves its artifacts."""
-    settings = {"AGENTKIT_TRUST": str(home / "trust.json"), **WITHOUT_JOBS}
-    with start(home, *arguments, workers=workers, **settings) as (process, url):
+    with start(home, *arguments, workers=workers, AGENTKIT_TRUST=str(home / "trust.json")) as (process, url):
         if wait:
             wait_until_healthy(process, url, home / "server.log")
         yield Site(url, home, f"sqlite:///{home / 'mlflow.db'}", process=process)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
 os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"
+# Else every server starts eight processes more for jobs, three times the work of its own; no test has a job done.
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
 
 import pytest
 from hypothesis import settings
@@ -33,6 +36,18 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "support_triage.py"
 DATA = ROOT / "data" / "support"
 sys.path.insert(0, str(ROOT / "notebooks"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist keeps the order of below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers files of slow tests go first, those of few before others, so that no core waits at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        count = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path not in slow, count[item.path]))
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -50,6 +53,20 @@ def run(run_id: str, user_hash: str | None = None, **values: Any) -> RunRecord:
         "tokens_out": 1, "usd": 0.5, "steps": steps, "user_hash": user_hash,
     }  # fmt: skip
     return RunRecord(**{**fields, **values})
+
+
+_made: dict[str, Path] = {}
+
+
+def as_made_once(home: Path, name: str, make: Callable[[], object]) -> None:
+    """Have `make` fill a home, and close what it wrote; for whoever asks for the same `name` later, copy what it made."""
+    if name in _made:
+        shutil.copytree(_made[name], home, dirs_exist_ok=True)
+        return
+    make()
+    _made[name] = Path(tempfile.mkdtemp(prefix="agentkit-log-"))
+    atexit.register(shutil.rmtree, _made[name], ignore_errors=True)
+    shutil.copytree(home, _made[name], dirs_exist_ok=True)
 
 
 # ---- each place as rows: the event's text and what belongs to it; in tables also its columns

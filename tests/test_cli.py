@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from releases import furnish
 
 from agentkit.examples import Example, read_examples, write_examples
 from agentkit_pipelines import cli
@@ -46,7 +47,8 @@ class Shell:
 
 
 @pytest.fixture
-def sh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], project: Path) -> Shell:
+def sh(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], project: Path, own_home: Path) -> Shell:
+    furnish(own_home)
     (project / "shout.py").write_text(SOURCE)
     return Shell(monkeypatch, capsys)
 

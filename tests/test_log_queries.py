@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from log_files import run, write
+from log_files import as_made_once, run, write
 from releases import python
 from typer.testing import CliRunner
 
@@ -20,11 +20,16 @@ from agentkit_tracking.runlog.following import Follower
 def log(own_home: Path) -> RunLog:
     """A log with an archived run, a folded one, and a fresh one."""
     log = RunLog()
-    write(log, run("old"), days=9)
-    log.fold()
-    retention.compact(log, 3)
-    write(log, run("folded"))
-    log.fold()
+
+    def older() -> None:
+        write(log, run("old"), days=9)
+        log.fold()
+        retention.compact(log, 3)
+        write(log, run("folded"))
+        log.close()
+        log.fold()
+
+    as_made_once(own_home, "asked", older)
     write(log, run("fresh"))
     return log
 

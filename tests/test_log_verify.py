@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from log_files import (
     Row,
+    as_made_once,
     change,
     edit_archive,
     edit_database,
@@ -40,11 +41,22 @@ PLACES = ("file", "folded file", "database", "archive")
 
 def filled(log: RunLog, place: str) -> None:
     """Ten runs in one segment, and where they lie."""
+    if place.endswith("file"):
+        write_ten(log)
+        if place == "folded file":
+            log.fold()
+            assert verify(log).is_whole
+    else:
+        as_made_once(log.folder.parent, f"verified {place}", lambda: write_away(log, place))
+
+
+def write_ten(log: RunLog) -> None:
     write(log, *(run(f"r{i}") for i in range(10)), days=5)
-    if place == "file":
-        return
-    if place != "folded file":
-        log.close()
+
+
+def write_away(log: RunLog, place: str) -> None:
+    write_ten(log)
+    log.close()
     log.fold()
     if place == "archive":
         compact(log, 1)
@@ -113,7 +125,7 @@ def test_a_killed_writer_is_a_remark_not_a_fault(log: RunLog) -> None:
 
 def test_what_no_key_signed_is_a_remark_and_with_strict_a_fault(own_home: Path) -> None:
     log = RunLog()
-    filled(log, "database")
+    write_away(log, "database")
     report = verify(log)
     assert "42 folded events in 1 segments are under no signed head" in report.remarks[0]
     assert (report.signed, report.checkpoint) == (0, None)

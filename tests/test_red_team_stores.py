@@ -14,7 +14,6 @@ from attacks import (
     GRACE,
     MALLORY,
     PROMPT,
-    WITHOUT_JOBS,
     Site,
     add_neighbours,
     entry,
@@ -47,7 +46,7 @@ def test_on_postgresql_admins_are_refused_too(tmp_path: Path, project: Path) -> 
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
     )
     settings = {
-        **trusting(home), **WITHOUT_JOBS,
+        **trusting(home),
         "MLFLOW_AUTH_CONFIG_PATH": str(home / "auth.ini"), "MLFLOW_FLASK_SERVER_SECRET_KEY": "secret",
     }  # fmt: skip
     with postgresql() as database:

@@ -93,11 +93,14 @@ def page(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pag
     profile = tmp_path_factory.mktemp("chromium")
     for flag in (*FLAGS.split(), "--window-size=1400,1000", f"--user-data-dir={profile}"):
         options.add_argument(flag)
-    settings = {"AGENTKIT_HOME": str(store.home), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [sys.executable, "-m", "agentkit_pipelines.cli", "ui", "--port", str(port)]
     with open(store.home / "server.log", "w") as log:
         server = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **settings}, start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "AGENTKIT_HOME": str(store.home)},
+            start_new_session=True,
         )
         try:
             browser = webdriver.Chrome(options=options, service=Service(DRIVER))
