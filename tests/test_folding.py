@@ -225,7 +225,7 @@ def test_every_older_schema_is_brought_up_to_date(log: RunLog, version: int, mon
             patch.setattr(database, "MIGRATIONS", older)
             patch.setattr(database, "NEWEST", version)
             with log.database.writing() as connection, database.transaction(connection):
-                [batch] = folding._batches(log.segments, {})
+                [batch] = folding._parsed(folding._batches(log.segments, {}))
                 folding._store(connection, batch)
     assert ids(log) == ["r1"]  # a reader brings it up to date
     log.append(record("r2"))

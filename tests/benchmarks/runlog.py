@@ -159,7 +159,7 @@ def span_costs(folder: Path, count: int = 5_000) -> tuple[float, float]:
     return costs
 
 
-def fold(folder: Path, count: int = 400_000) -> tuple[float, float]:
+def fold(folder: Path, count: int = 1_000_000) -> tuple[float, float]:
     """Rows a second of a fold, and of plain DuckDB reading the same lines into a table."""
     import duckdb
 

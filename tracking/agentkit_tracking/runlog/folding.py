@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentkit_tracking.runlog import lake_upkeep, legacy
-from agentkit_tracking.runlog.database import Database, LogBusy, insert, lease, one, transaction
+from agentkit_tracking.runlog.database import Database, LogBusy, connected, insert, lease, transaction
 from agentkit_tracking.runlog.events import COLUMNS
 from agentkit_tracking.runlog.lake import Lake
 from agentkit_tracking.runlog.segments import (
@@ -43,6 +43,8 @@ from agentkit_tracking.runlog.segments import (
 if TYPE_CHECKING:
     import duckdb
     import pyarrow as pa
+
+Item = TypeVar("Item")
 
 # Events in one transaction, which readers wait for; in memory twice. A row group of DuckDB: of others, checkpoints make new
 # ones, which took a third of a fold.
@@ -115,28 +117,32 @@ def _fold(folder: Path, database: Database) -> Folded:
             known = {} if connection is None else positions(connection)
             if connection is not None and isinstance(database, Lake):
                 lake_upkeep.catch_up(database, folder, connection)
-        for batch in _ahead(_batches(folder, known)):
-            with database.writing() as connection:
-                database.retrying(partial(_store_whole, connection, batch, appends_only=database.is_shared))
-            done.events += sum(len(part.places[0]) for part in batch)
-            done.segments += len(batch)
-            done.findings += [(part.after.segment, found) for part in batch for found in part.findings]
-            for part in batch:
-                if part.after.state != "open":
-                    with suppress(OSError):
-                        (folder / f"{part.after.segment}{SUFFIX}").unlink()
+        if connection is None and segment_files(folder):
+            with database.writing():
+                pass  # makes it; beside a thread that reads, it would take long
+        with connected(spare=2) as through:  # cores, for reading and parsing
+            for batch in _ahead(_parsed(_ahead(_batches(folder, known)))):
+                with database.writing(through=through) as connection:
+                    database.retrying(partial(_store_whole, connection, batch, appends_only=database.is_shared))
+                done.events += sum(len(part.places[0]) for part in batch.parts)
+                done.segments += len(batch.parts)
+                done.findings += [(part.after.segment, found) for part in batch.parts for found in part.findings]
+                for part in batch.parts:
+                    if part.after.state != "open":
+                        with suppress(OSError):
+                            (folder / f"{part.after.segment}{SUFFIX}").unlink()
     except LogBusy as e:
         done.busy = str(e)
     return done
 
 
-def _ahead(batches: Iterator[list[Part]]) -> Iterator[list[Part]]:
-    """The same, the next one being read while the one before is stored."""
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(next, batches, None)
-        while (batch := upcoming.result()) is not None:
-            upcoming = reader.submit(next, batches, None)
-            yield batch
+def _ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same, the next one being made while the one before is used."""
+    with ThreadPoolExecutor(1) as maker:
+        upcoming = maker.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = maker.submit(next, items, None)
+            yield item
 
 
 def positions(connection: duckdb.DuckDBPyConnection) -> dict[str, Position]:
@@ -157,7 +163,29 @@ class Part:
     findings: list[Finding]
 
 
-def _batches(folder: Path, known: dict[str, Position]) -> Iterator[list[Part]]:
+@dataclass
+class Batch:
+    """What one transaction stores: rows of `events`, and lines that are no JSON (segment, beginning of the event)."""
+
+    parts: list[Part]
+    rows: pa.Table
+    bad: list[tuple[str, str]]
+
+
+def _parsed(batches: Iterator[tuple[list[Part], pa.Table]]) -> Iterator[Batch]:
+    with connected() as connection:
+        connection.execute("SET threads = 1; SET arrow_large_buffer_size = true")
+        for parts, lines in batches:
+            connection.register("lines", lines)
+            rows, bad = connection.sql(ROWS).to_arrow_table(_ROWS), []
+            if rows.num_rows < lines.num_rows:
+                query = f"SELECT segment, left(event, 60) FROM ({_READ}) WHERE NOT is_json"
+                bad = connection.execute(query).fetchall()
+            connection.unregister("lines")
+            yield Batch(parts, rows, bad)
+
+
+def _batches(folder: Path, known: dict[str, Position]) -> Iterator[tuple[list[Part], pa.Table]]:
     batch: list[Part] = []
     size = 0
 
@@ -169,11 +197,11 @@ def _batches(folder: Path, known: dict[str, Position]) -> Iterator[list[Part]]:
             for part in parts(path, known.get(path.stem) or Position(path.stem), room=room):
                 batch.append(part)
                 size += len(part.places[0])
-                if size >= BATCH:
-                    yield batch
+                if room() <= 0:
+                    yield batch, as_table(batch)
                     batch, size = [], 0
     if batch:
-        yield batch
+        yield batch, as_table(batch)
 
 
 class SegmentGone(Exception):
@@ -311,21 +339,18 @@ def _views(buffer: bytes, starts: Any, ends: Any) -> Any:
     )
 
 
-def _store_whole(connection: duckdb.DuckDBPyConnection, batch: list[Part], *, appends_only: bool) -> None:
+def _store_whole(connection: duckdb.DuckDBPyConnection, batch: Batch, *, appends_only: bool) -> None:
     with transaction(connection):
         _store(connection, batch, appends_only)
 
 
-def _store(connection: duckdb.DuckDBPyConnection, batch: list[Part], appends_only: bool = False) -> None:
+def _store(connection: duckdb.DuckDBPyConnection, batch: Batch, appends_only: bool = False) -> None:
     """`appends_only`: with other machines, whose transactions conflict with a deletion but not with an insertion."""
-    table = as_table(batch)
-    connection.register("lines", table)
+    connection.register("rows", batch.rows)
     columns = "segment, n, " + ", ".join(COLUMNS) + ", user_hash, session, event, private, salt, hash"
-    bad = []
-    if one(connection.execute(f"INSERT INTO log.events ({columns}) {ROWS}")) < table.num_rows:
-        bad = connection.execute(f"SELECT segment, left(event, 60) FROM ({_READ}) WHERE NOT is_json").fetchall()
-    connection.unregister("lines")
-    latest = {part.after.segment: part.after for part in batch}
+    connection.execute(f"INSERT INTO log.events ({columns}) FROM rows").fetchall()
+    connection.unregister("rows")
+    latest = {part.after.segment: part.after for part in batch.parts}
     now = datetime.now(UTC)
     if not appends_only:
         connection.execute("DELETE FROM log.positions WHERE segment IN (SELECT unnest(?))", [list(latest)])
@@ -335,8 +360,8 @@ def _store(connection: duckdb.DuckDBPyConnection, batch: list[Part], appends_onl
         "segment, state, host, pid, next_byte, n, hash, torn_bytes, folded_at",
         [[p.segment, p.state, p.host, p.pid, p.next_byte, p.n, p.hash, p.torn_bytes, now] for p in latest.values()],
     )
-    found = [[part.after.segment, f.offset, f.n, f.fault, f.why, now] for part in batch for f in part.findings]
-    found += [[segment, None, _number_in(text), "damaged", "it is no JSON", now] for segment, text in bad]
+    found = [[part.after.segment, f.offset, f.n, f.fault, f.why, now] for part in batch.parts for f in part.findings]
+    found += [[segment, None, _number_in(text), "damaged", "it is no JSON", now] for segment, text in batch.bad]
     insert(connection, "log.findings", "segment, byte, n, fault, why, found_at", found)
     _sign(connection, [(p.segment, p.n, p.hash) for p in latest.values() if p.n >= 0])
 

@@ -89,8 +89,12 @@ class Lake(Database):
             yield connection
 
     @contextmanager
-    def writing(self, patience: float = _FOLDER_PATIENCE_S) -> Iterator[duckdb.DuckDBPyConnection]:
+    def writing(
+        self, patience: float = _FOLDER_PATIENCE_S, through: duckdb.DuckDBPyConnection | None = None
+    ) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection with the lake attached as `log`, brought up to date if need be; others read and write at once.
+
+        It is never `through` another: it has extensions and credentials of its own.
 
         Raises:
             LogBusy: another machine has been removing files all the time.
