@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agentkit_tracking.runlog import RunLog, database, folding, migrations
+from agentkit_tracking.runlog import RunLog, database, folding, migrations, unfolded
 from agentkit_tracking.runlog.segments import START, frame
 
 
@@ -98,7 +98,7 @@ class Machine(RuleBasedStateMachine):
     def fold_in_small_steps(self, limit: int) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(folding, "BATCH", limit)
-            patch.setattr(folding, "_CHUNK", 700)
+            patch.setattr(unfolded, "_CHUNK", 700)
             self.logs[0].fold()
 
     @invariant()

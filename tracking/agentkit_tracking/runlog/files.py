@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from agentkit_tracking.runlog.blanking import has_private, told_by
-from agentkit_tracking.runlog.folding import Position
 from agentkit_tracking.runlog.segments import Chain, Finding, Line, is_live, lines
 from agentkit_tracking.runlog.stored import Fault
+from agentkit_tracking.runlog.unfolded import Position
 
 _CHUNK = 32 << 20  # bytes read at once
 

@@ -5,39 +5,32 @@ Positions and events change in one transaction, so that a kill at any moment rep
 
 from __future__ import annotations
 
-import json
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from agentkit_tracking.runlog import lake_upkeep, legacy
 from agentkit_tracking.runlog.database import Database, LogBusy, connected, insert, lease, transaction
 from agentkit_tracking.runlog.events import COLUMNS
 from agentkit_tracking.runlog.lake import Lake
-from agentkit_tracking.runlog.segments import (
-    EVENT,
-    HASH,
-    ID,
-    ID_SIZE,
-    PRIVATE,
-    SALT,
-    START,
-    SUFFIX,
-    Chain,
-    Finding,
-    Places,
-    is_live,
-    number,
-    scan,
-    segment_files,
+from agentkit_tracking.runlog.segments import SUFFIX, Finding, is_live, number, segment_files
+from agentkit_tracking.runlog.unfolded import (
+    ARROW_ROWS,
+    READ,
+    ROWS,
+    Part,
+    Position,
+    SegmentGone,
+    as_table,
+    changed,
+    parts,
+    positions,
 )
 
 if TYPE_CHECKING:
@@ -46,42 +39,10 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-# Events in one transaction, which readers wait for; in memory twice. A row group of DuckDB: of others, checkpoints make new
-# ones, which took a third of a fold.
+# Events in one transaction, which readers wait for. A row group of DuckDB: of others, checkpoints make new ones, which took a
+# third of a fold.
 BATCH = 122_880
-_CHUNK = 8 << 20  # bytes read at once
-# Whether a process lives can be told on its own machine only; one that is silent for so long counts as ended.
-_FOREIGN_S = 7 * 86_400
-_ROWS = 16_384  # of an Arrow batch: DuckDB gives each to a thread
-_CLOSED = b'"type":"segment","name":"closed"'
-_WHAT, _WHO = json.dumps({"id": "VARCHAR", **COLUMNS}), json.dumps({"user_hash": "VARCHAR", "session": "VARCHAR"})
-
-# From lines of segments, as `as_table` gives them, to rows of `events`. What agentkit has not written may be no JSON: one such
-# row would spoil every query.
-_READ = f"""
-    SELECT segment, event, private, salt, hash, TRY(json_transform(event, '{_WHAT}')) AS what,
-        TRY(json_transform(private, '{_WHO}')) AS who, what IS NOT NULL AND (who IS NOT NULL OR private LIKE 'null%') AS is_json
-    FROM lines
-"""
-ROWS = f"""
-    SELECT segment, TRY_CAST(substring(what.id, {ID_SIZE + 2}) AS BIGINT) AS n, {", ".join(f"what.{name}" for name in COLUMNS)},
-        who.user_hash, who.session, event, CASE WHEN private NOT LIKE 'null%' THEN private END AS private, salt, hash
-    FROM ({_READ}) WHERE is_json
-"""
-
-
-@dataclass
-class Position:
-    """How far a segment is folded."""
-
-    segment: str
-    next_byte: int = 0
-    n: int = -1
-    hash: str = START
-    state: str = "open"  # then `closed` by its process, or `ended` without that
-    host: str | None = None
-    pid: int | None = None
-    torn_bytes: int = 0
+_BATCH_BYTES = 128 << 20  # in memory four times over, as lines and as rows
 
 
 @dataclass
@@ -105,7 +66,7 @@ def fold(folder: Path, database: Database) -> Folded | None:
             return None
         legacy.bring_over(database.folder)
         for scratch in folder.glob(".*"):  # of processes killed while they began a segment
-            if scratch.is_file() and time.time() - _changed(scratch) > 60 and not is_live(scratch):
+            if scratch.is_file() and time.time() - changed(scratch) > 60 and not is_live(scratch):
                 scratch.unlink(missing_ok=True)
         return _fold(folder, database)
 
@@ -145,24 +106,6 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def positions(connection: duckdb.DuckDBPyConnection) -> dict[str, Position]:
-    """How far every segment is folded."""
-    rows = connection.execute(
-        "SELECT segment, next_byte, n, hash, state, host, pid, torn_bytes FROM log.segments"
-    ).fetchall()
-    return {row[0]: Position(*row) for row in rows}
-
-
-@dataclass
-class Part:
-    """A stretch of one segment, where its good lines begin and end, and where that leads."""
-
-    after: Position
-    content: bytes
-    places: Places
-    findings: list[Finding]
-
-
 @dataclass
 class Batch:
     """What one transaction stores: rows of `events`, and lines that are no JSON (segment, beginning of the event)."""
@@ -177,9 +120,9 @@ def _parsed(batches: Iterator[tuple[list[Part], pa.Table]]) -> Iterator[Batch]:
         connection.execute("SET threads = 1; SET arrow_large_buffer_size = true")
         for parts, lines in batches:
             connection.register("lines", lines)
-            rows, bad = connection.sql(ROWS).to_arrow_table(_ROWS), []
+            rows, bad = connection.sql(ROWS).to_arrow_table(ARROW_ROWS), []
             if rows.num_rows < lines.num_rows:
-                query = f"SELECT segment, left(event, 60) FROM ({_READ}) WHERE NOT is_json"
+                query = f"SELECT segment, left(event, 60) FROM ({READ}) WHERE NOT is_json"
                 bad = connection.execute(query).fetchall()
             connection.unregister("lines")
             yield Batch(parts, rows, bad)
@@ -187,7 +130,7 @@ def _parsed(batches: Iterator[tuple[list[Part], pa.Table]]) -> Iterator[Batch]:
 
 def _batches(folder: Path, known: dict[str, Position]) -> Iterator[tuple[list[Part], pa.Table]]:
     batch: list[Part] = []
-    size = 0
+    size = weight = 0
 
     def room() -> int:
         return BATCH - size
@@ -196,147 +139,12 @@ def _batches(folder: Path, known: dict[str, Position]) -> Iterator[tuple[list[Pa
         with suppress(SegmentGone):
             for part in parts(path, known.get(path.stem) or Position(path.stem), room=room):
                 batch.append(part)
-                size += len(part.places[0])
-                if room() <= 0:
+                size, weight = size + len(part.places[0]), weight + len(part.content)
+                if room() <= 0 or weight >= _BATCH_BYTES:
                     yield batch, as_table(batch)
-                    batch, size = [], 0
+                    batch, size, weight = [], 0, 0
     if batch:
         yield batch, as_table(batch)
-
-
-class SegmentGone(Exception):
-    """A segment was folded and removed by another process just now."""
-
-
-def parts(
-    path: Path, position: Position, *, check: bool = True, room: Callable[[], int] = lambda: sys.maxsize
-) -> Iterator[Part]:
-    """What a segment holds beyond a position, in stretches.
-
-    Args:
-        check: whether hashes are to follow from each other.
-        room: how many events the next stretch may have.
-
-    Raises:
-        SegmentGone: it is not there any more.
-    """
-    if position.state != "open":
-        # It was folded whole; the process that did has died before it could remove the file.
-        yield Part(position, b"", ([], [], []), [])
-        return
-    live = is_live(path)  # before reading: what is read of one that is not is all there will ever be
-    age_s = time.time() - _changed(path)
-    chain = Chain(position.n, position.hash.encode())
-    try:
-        opened = path.open("rb")
-    except FileNotFoundError as e:
-        raise SegmentGone(path) from e
-    with opened:
-        start, size = position.next_byte, _CHUNK
-        while True:
-            opened.seek(start)  # again what was unfinished, or too much for the batch
-            content = opened.read(size)
-            is_all = len(content) < size
-            if b"\n" not in content and not is_all:
-                size *= 2  # for one long line
-                continue
-            is_first, size = start == 0, _CHUNK
-            places, findings, end = scan(content, start, chain, check=check, segment=path.stem, most=room())
-            if not _is_text(memoryview(content)[:end]):
-                places = _only_text(content, start, places, findings)
-            starts, _, ends = places
-            start += end
-            rest = len(content) - end
-            at_end = is_all and b"\n" not in content[end:]
-            state, torn = "open", 0
-            if starts and not rest and _CLOSED in content[starts[-1] : starts[-1] + 400]:
-                state = "closed"
-            host, pid = _opened(content[starts[0] : ends[0]]) if is_first and starts else (position.host, position.pid)
-            if state == "open" and at_end and not live and (host == socket.gethostname() or age_s > _FOREIGN_S):
-                state, torn = "ended", rest
-            position = Position(position.segment, start, chain.n, chain.digest.decode(), state, host, pid, torn)
-            if starts or findings or state != "open":
-                yield Part(position, content, places, findings)
-            if at_end:
-                return
-
-
-def _is_text(content: bytes | memoryview) -> bool:
-    try:
-        str(content, "utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _only_text(content: bytes, offset: int, places: Places, findings: list[Finding]) -> Places:
-    """Without lines whose checksum fits and which are no UTF-8 all the same: agentkit has not written them."""
-    good = []
-    for start, split, end in zip(*places, strict=True):
-        if _is_text(content[start:end]):
-            good.append((start, split, end))
-        else:
-            findings.append(Finding(offset + start, None, "damaged", "it is no UTF-8"))
-    return [p[0] for p in good], [p[1] for p in good], [p[2] for p in good]
-
-
-def _changed(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return time.time()
-
-
-def _opened(line: bytes) -> tuple[str | None, int | None]:
-    try:
-        first = json.loads(line)["event"]
-        return str(first["host"]), int(first["pid"])
-    except (ValueError, KeyError, TypeError):
-        return None, None
-
-
-def as_table(parts: list[Part]) -> pa.Table:
-    """The lines as Arrow: segment, event, private, salt, hash. Texts are views of the bytes that were read, not copies."""
-    import numpy as np
-    import pyarrow as pa
-
-    schema = pa.schema([(name, pa.string_view()) for name in ("segment", "event", "private", "salt", "hash")])
-    batches = []
-    for part in parts:
-        if not part.places[0]:
-            continue
-        begin, split, end = (np.asarray(places, np.int64) for places in part.places)
-        texts = [
-            (begin + ID, begin + ID + ID_SIZE),
-            (begin + EVENT, split),
-            (split + len(PRIVATE), end - 1),
-            (begin + SALT.start, begin + SALT.stop),
-            (begin + HASH.start, begin + HASH.stop),
-        ]
-        batches.append(pa.record_batch([_views(part.content, *place) for place in texts], schema))
-    whole = pa.Table.from_batches(
-        batches, schema
-    ).combine_chunks()  # DuckDB takes a millisecond for each, however small
-    return pa.Table.from_batches(whole.to_batches(max_chunksize=_ROWS), schema)
-
-
-def _views(buffer: bytes, starts: Any, ends: Any) -> Any:
-    """Strings in a buffer, as Arrow's view layout: length, then up to 12 bytes, or 4 of them, buffer and place."""
-    import numpy as np
-    import pyarrow as pa
-
-    data, sizes = np.frombuffer(buffer, np.uint8), ends - starts
-    views = np.empty((len(starts), 4), "<i4")
-    views[:, 0], views[:, 2], views[:, 3] = sizes, 0, starts
-    views[:, 1] = np.lib.stride_tricks.sliding_window_view(data, 4)[starts].view("<i4")[:, 0]
-    short = sizes <= 12
-    if short.any():
-        places = np.arange(12)
-        texts = data[np.minimum(starts[short, None] + places, len(data) - 1)]
-        views[short, 1:] = np.where(places < sizes[short, None], texts, 0).astype(np.uint8).view("<i4")
-    return pa.Array.from_buffers(
-        pa.string_view(), len(starts), [None, pa.py_buffer(views.tobytes()), pa.py_buffer(buffer)]
-    )
 
 
 def _store_whole(connection: duckdb.DuckDBPyConnection, batch: Batch, *, appends_only: bool) -> None:

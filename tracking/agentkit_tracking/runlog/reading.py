@@ -11,8 +11,8 @@ import orjson
 
 from agentkit_tracking.runlog.database import one, quoted
 from agentkit_tracking.runlog.events import COLUMNS, STEPS
-from agentkit_tracking.runlog.folding import ROWS, Position, SegmentGone, as_table, parts, positions
 from agentkit_tracking.runlog.segments import Line, lines, segment_files
+from agentkit_tracking.runlog.unfolded import ROWS, Position, SegmentGone, as_table, parts, positions
 
 if TYPE_CHECKING:
     import duckdb

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentkit_tracking.runlog.database import one
-from agentkit_tracking.runlog.folding import Position, positions
 from agentkit_tracking.runlog.segments import SUFFIX, is_live
+from agentkit_tracking.runlog.unfolded import Position, positions
 from agentkit_tracking.runlog.upkeep import ARCHIVE, archived
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from agentkit_tracking.runlog import heads, stored
 from agentkit_tracking.runlog.blanking import OF_CALLED, Named, named
 from agentkit_tracking.runlog.database import one
 from agentkit_tracking.runlog.files import File, Of, check_file
-from agentkit_tracking.runlog.folding import Position, positions
 from agentkit_tracking.runlog.segments import SUFFIX, segment_files
 from agentkit_tracking.runlog.status import ended_twice
 from agentkit_tracking.runlog.stored import Fault, Stored, missing
+from agentkit_tracking.runlog.unfolded import Position, positions
 from agentkit_tracking.runlog.upkeep import Progress, alone, quiet, unknown_archives
 
 if TYPE_CHECKING:
