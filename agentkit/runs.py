@@ -168,7 +168,9 @@ class Run:
         return _ModelCall(self, model, reserved, inputs)
 
     def id_for(self, part: str) -> str:
-        """The id of the next run that this one calls."""
+        """The id of the next run that this one calls; of each process that was forked inside it, another."""
+        if os.getpid() != self._pid:
+            return uuid.uuid4().hex
         return hashlib.sha256(f"{self.run_id}/{part}/{next(self._children)}".encode()).hexdigest()[:32]
 
     def skip_calls(self, count: int) -> None:

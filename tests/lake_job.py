@@ -44,6 +44,21 @@ class Machine:
         folded = self.log.fold()
         return [folded and folded.events, folded and folded.busy]
 
+    def fold_slowly(self) -> Any:
+        """Read what there is to fold, say so, and store it once the file `go` is there."""
+        parsed = folding._parsed
+
+        def slowly(batches: Any) -> Any:
+            for batch in parsed(batches):
+                if not (self.log.folder / "go").exists():
+                    self.say("read")
+                while not (self.log.folder / "go").exists():
+                    time.sleep(0.01)
+                yield batch
+
+        folding._parsed = slowly
+        return self.fold()
+
     def fold_for_ever(self) -> None:
         while True:
             self.fold()

@@ -112,6 +112,25 @@ def test_bytes_that_are_no_text_are_damage_whatever_their_checksum(log: RunLog) 
     assert ids(log) == ["a", "b"]
 
 
+@pytest.mark.parametrize("ending", [b"", b"1}", b"12", b"nullx}", b"}", b"{}"])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_line_that_others_framed_well_stops_nobody(log: RunLog, ending: bytes, is_last: bool) -> None:
+    log.append(record("a"))
+    log.append(record("b"))
+    log.close()
+    [path] = log.segments.iterdir()
+    made = path.read_bytes().splitlines(keepends=True)
+    rest = made[2][34 : made[2].index(b',"private":') + 11] + ending
+    forged = b'{"len":%9d,"crc":"%08x",' % (len(rest), zlib.crc32(rest)) + rest + b"\n"
+    path.write_bytes(b"".join([*made, forged] if is_last else [*made[:2], forged, *made[3:]]))
+    assert log.sql("SELECT count(*) FROM events").item() == len(made) - (not is_last)
+    log.fold()
+    assert log.sql("SELECT count(*) FROM events").item() == len(made) - (not is_last)
+    with log.database.reading() as connection:
+        assert connection is not None
+        assert "damaged" in [fault for (fault,) in connection.execute("SELECT fault FROM log.findings").fetchall()]
+
+
 @pytest.mark.parametrize("moment", ["before the transaction", "in it", "after it, before files are removed"])
 def test_a_kill_while_folding_repeats_nothing_and_loses_nothing(log: RunLog, moment: str) -> None:
     for i in range(10):

@@ -174,6 +174,29 @@ def test_a_run_that_forks_ends_once_in_the_process_that_began_it(
     assert log.sql("SELECT inputs->>'place' FROM steps WHERE kind = 'tool'").rows() == [("before",)]
 
 
+POOL = """
+import os
+from hedgehogs import doing
+inner = doing(lambda run: "found", name="inner")
+def work(run):
+    for _ in range(2):
+        if (child := os.fork()) == 0:
+            inner.run(text="of a child")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    return inner.run(text="of the parent").output
+doing(work, name="outer").run(text="x")
+"""
+
+
+def test_runs_that_forked_processes_begin_are_runs_of_their_own() -> None:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", POOL], check=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    log = RunLog()
+    assert log.sql("SELECT count(*), count(DISTINCT run_id) FROM outcomes WHERE system = 'inner'").row(0) == (3, 3)
+    assert log.sql("SELECT count(*) FROM outcomes WHERE system = 'outer'").item() == 1
+
+
 def test_runs_that_have_several_ends_are_said_by_status_and_verify() -> None:
     said = RunLog()
     for run_id in ("one", "forked", "forked"):  # as an earlier version left it

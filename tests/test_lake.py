@@ -243,6 +243,26 @@ def test_everything_of_one_user_goes_from_the_lake_and_every_machine(lake: Place
     assert any("it was changed" in fault for fault in a.verify()["faults"])
 
 
+def test_what_another_machine_had_read_before_an_erasure_is_not_stored_after_it(lake: Place) -> None:
+    a, b = lake.machine("a"), lake.machine("b")
+    b.write(run("early", ANNA))
+    b.fold()
+    log = b.log  # the run's caller is known to the lake already: what comes now is of the same run
+    with mock.patch("socket.gethostname", return_value="b"):
+        log.write([({"type": "outcome", "run_id": "early", "system": "s"}, {"output": "the secret of late"})])
+    folding = b.start("fold_slowly")
+    assert folding.answer() == "read"
+    a.erase("anna")
+    (log.folder / "go").touch()
+    events, busy = folding.answer()
+    assert (events, busy) == (1, None)
+    assert a.ask("SELECT count(*) FROM events WHERE run_id = 'early' AND type = 'outcome'") == [[2]]
+    assert lake.found("secret of early", "secret of late") == set()
+    log.close()
+    b.fold()
+    assert a.verify()["faults"] == []
+
+
 def test_what_was_blanked_without_an_erasure_is_found(lake: Place) -> None:
     a = lake.machine("a")
     a.write(run("r1", ANNA))

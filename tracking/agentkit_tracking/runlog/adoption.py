@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agentkit.errors import UsageError
+from agentkit_tracking.home import author
 from agentkit_tracking.runlog import heads, stored, upkeep
-from agentkit_tracking.runlog.blanking import OF_CALLED, named
+from agentkit_tracking.runlog.blanking import OF_CALLED, Named, named
 from agentkit_tracking.runlog.database import insert, transaction
+from agentkit_tracking.runlog.erasure import _announce
+from agentkit_tracking.runlog.segments import segment_files
 from agentkit_tracking.runlog.upkeep import ARCHIVE, WHOLE, archived, parquet
 
 if TYPE_CHECKING:
@@ -36,15 +39,20 @@ class Adopted:
     files: list[str] = field(default_factory=list)
     events: int = 0
     refused: dict[str, str] = field(default_factory=dict)
+    blank: int = 0  # events whose private parts are gone, which no erasure said
     open_ends: int = (
         0  # segments that do not end in `closed`: their process was killed, or their end was lost with the database
     )
 
 
-def adopt(log: RunLog) -> Adopted:
+def adopt(log: RunLog, *, accept_erased: bool = False) -> Adopted:
     """Take in the archives that the database does not name. Restore first what else there is of the log.
 
     Events that stand in the database, too, since the segment that they come from is still on file, are taken out of it.
+
+    Args:
+        accept_erased: also take events whose private parts are gone and which no erasure names, since it was lost with the
+            database: a new erasure names their runs.
 
     Raises:
         LogBusy: folds or readers hold the log all the time.
@@ -61,9 +69,11 @@ def adopt(log: RunLog) -> Adopted:
             pass  # makes it where nothing was left to fold
         with log.database.reading() as connection:
             assert connection is not None
-            offer = _Offer(connection, log.folder, trust)
+            offer = _Offer(connection, log, trust, accept_erased)
             offer.examine()
         if offer.files:
+            if offer.lost != Named():  # first, as an erasure does
+                _announce(log, offer.lost, "adopted without private parts; the erasure was lost", author())
             with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
                 return offer.take_in(connection)
     return Adopted(refused=offer.refused)
@@ -72,11 +82,14 @@ def adopt(log: RunLog) -> Adopted:
 class _Offer:
     """The unknown archives, and why some of them are refused."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, folder: Path, trust: Trust) -> None:
-        self._connection, self._folder, self._trust = connection, folder, trust
+    def __init__(self, connection: duckdb.DuckDBPyConnection, log: RunLog, trust: Trust, accept_erased: bool) -> None:
+        self._connection, self._folder, self._trust = connection, log.folder, trust
+        self._segments, self._accept_erased = log.segments, accept_erased
+        self.lost = Named()  # what erasures named that were lost
+        self._blank = 0
         self.refused: dict[str, str] = {}
         self.files: dict[str, tuple[int, str]] = {}  # with events and SHA-256
-        for file in upkeep.unknown_archives(connection, folder):
+        for file in upkeep.unknown_archives(connection, log.folder):
             self._open(file)
 
     def _open(self, file: str) -> None:
@@ -87,15 +100,21 @@ class _Offer:
         if found is None or not (self._folder / file).is_file():
             self.refused[file] = "`agentkit log compact` has not written it"
             return
-        query = f"SELECT count(*), count(*) FILTER (logged_at::DATE <> DATE '{found[1]}'), bit_xor(hash({WHOLE}))"
+        query = f"SELECT count(*), count(*) FILTER (logged_at::DATE IS DISTINCT FROM DATE '{found[1]}'), bit_xor(hash({WHOLE}))"
         try:
             with open(self._folder / file, "rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            (row,) = self._connection.execute(f"{query} FROM {parquet(self._folder, [file])}").fetchall()
+            source = parquet(self._folder, [file])
+            types, wanted = (
+                self._connection.sql(f"SELECT {WHOLE} FROM {rows}").types for rows in (source, "log.events")
+            )
+            (row,) = self._connection.execute(f"{query} FROM {source}").fetchall()
         except (OSError, duckdb.Error) as e:
             self.refused[file] = f"it cannot be read: {str(e).splitlines()[0]}"
             return
-        if row[1]:
+        if types != wanted:
+            self.refused[file] = "its columns are of other types"
+        elif row[1]:
             self.refused[file] = f"{row[1]} of its events are of another day"
         else:
             self.files[file] = (int(row[0]), digest)
@@ -125,14 +144,17 @@ class _Offer:
             day = file.split("/")[1].removeprefix("day=")
             connection.execute("INSERT INTO log.archives VALUES (?, ?, ?, ?, now())", [day, file, events, digest])
         connection.execute("DELETE FROM log.events WHERE (segment, n) IN (SELECT segment, n FROM offered)")
-        # How far segments reach whose positions were lost; one that is still on file was folded to its end before.
+        # How far segments reach whose positions were lost. Never of one that is on file: what its process appends would not be folded.
         ends = connection.execute(
             """SELECT o.segment, max(o.n), arg_max(o.hash, o.n), arg_max(o.name, o.n) FILTER (o.type = 'segment'),
                 max(o.event->>'host') FILTER (o.n = 0), max(TRY_CAST(o.event->>'pid' AS BIGINT)) FILTER (o.n = 0), arg_max(o.type, o.n)
             FROM offered o LEFT JOIN log.segments s ON s.segment = o.segment
             GROUP BY o.segment HAVING max(o.n) > coalesce(any_value(s.n), -1) ORDER BY o.segment"""
         ).fetchall()
-        done = Adopted(list(self.files), sum(events for events, _ in self.files.values()), self.refused)
+        here = {path.stem for path in segment_files(self._segments)}
+        ends = [end for end in ends if end[0] not in here]
+        events = sum(events for events, _ in self.files.values())
+        done = Adopted(list(self.files), events, self.refused, self._blank)
         rows = []
         for segment, n, digest, name, host, pid, kind in ends:
             state = "closed" if (kind, name) == ("segment", "closed") else "ended"
@@ -165,6 +187,10 @@ class _Offer:
         """Those that hold what the log has already, what it has otherwise, or what is gone for good."""
         of_runs, of_callers = (f"SELECT run_id FROM erased {where}" for where in ("WHERE is_whole", ""))
         wrong = {
+            "it goes on where the segment file, which is still there, does not": "JOIN on_file f ON f.segment = o.segment "
+            "LEFT JOIN log.segments s ON s.segment = o.segment WHERE o.n > coalesce(s.n, -1)",
+            "it goes on where the segment was closed": "JOIN log.segments s ON s.segment = o.segment "
+            "WHERE s.state = 'closed' AND o.n > s.n",
             "events of it were pruned for good": "JOIN good_pruned g ON g.segment = o.segment AND o.n BETWEEN g.first_n AND g.last_n",
             "events of it stand in another archive": "JOIN archived k ON k.segment = o.segment AND k.n = o.n",
             "the database has other events in their place": "JOIN log.events k ON k.segment = o.segment AND k.n = o.n AND k.hash <> o.hash",
@@ -224,6 +250,8 @@ class _Offer:
         stretches = [(v["segment"], v["first_n"], v["last_n"], v["hash"]) for v in gone]
         insert(self._connection, "good_pruned", "segment, first_n, last_n, hash", stretches)
         make("CREATE TEMP TABLE ends AS SELECT segment, n, hash FROM log.segments")
+        on_file = [path.stem for path in segment_files(self._segments)]
+        make("CREATE TEMP TABLE on_file AS SELECT unnest(?::VARCHAR[]) AS segment", [on_file])
 
     def _signed(self, table: str, names: str) -> list[dict[str, Any]]:
         """Rows whose signature counts."""
@@ -241,6 +269,15 @@ class _Offer:
         self._connection.execute("CREATE OR REPLACE TEMP TABLE erased (run_id VARCHAR, is_whole BOOLEAN)")
         runs = {run for erasure in told for run in erasure.runs}
         callers = {run for erasure in told for run in erasure.callers} - runs
+        if self._accept_erased:
+            blank = self._connection.execute(
+                f"SELECT run_id, coalesce(type IN {OF_CALLED}, false) FROM offered WHERE private IS NULL AND run_id IS NOT NULL"
+            ).fetchall()
+            blank = [(run, of) for run, of in blank if run not in runs and not (of and run in callers)]
+            whole = {run for run, of in blank if not of}
+            others = {run for run, _ in blank} - whole
+            self._blank, self.lost = len(blank), Named(tuple(sorted(whole)), tuple(sorted(others)))
+            runs, callers = runs | whole, (callers | others) - whole
         insert(self._connection, "erased", "run_id, is_whole", [(run, run in runs) for run in sorted(runs | callers)])
 
     def _view(self, name: str, files: list[str]) -> None:

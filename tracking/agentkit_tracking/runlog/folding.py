@@ -74,27 +74,36 @@ def fold(folder: Path, database: Database) -> Folded | None:
 def _fold(folder: Path, database: Database) -> Folded:
     done = Folded()
     try:
-        with database.reading() as connection:
-            known = {} if connection is None else positions(connection)
-            if connection is not None and isinstance(database, Lake):
-                lake_upkeep.catch_up(database, folder, connection)
-        if connection is None and segment_files(folder):
-            with database.writing():
-                pass  # makes it; beside a thread that reads, it would take long
-        with connected(spare=2) as through:  # cores, for reading and parsing
-            for batch in _ahead(_parsed(_ahead(_batches(folder, known)))):
-                with database.writing(through=through) as connection:
-                    database.retrying(partial(_store_whole, connection, batch, appends_only=database.is_shared))
-                done.events += sum(len(part.places[0]) for part in batch.parts)
-                done.segments += len(batch.parts)
-                done.findings += [(part.after.segment, found) for part in batch.parts for found in part.findings]
-                for part in batch.parts:
-                    if part.after.state != "open":
-                        with suppress(OSError):
-                            (folder / f"{part.after.segment}{SUFFIX}").unlink()
+        while not _fold_on(folder, database, done):
+            pass
     except LogBusy as e:
         done.busy = str(e)
     return done
+
+
+def _fold_on(folder: Path, database: Database, done: Folded) -> bool:
+    """Fold the rest; false if that must be begun anew, since another machine erased what may have been read already."""
+    with database.reading() as connection:
+        known = {} if connection is None else positions(connection)
+        if connection is not None and isinstance(database, Lake):
+            lake_upkeep.catch_up(database, folder, connection)
+    if connection is None and segment_files(folder):
+        with database.writing():
+            pass  # makes it; beside a thread that reads, it would take long
+    with connected(spare=2) as through:  # cores, for reading and parsing
+        for batch in _ahead(_parsed(_ahead(_batches(folder, known)))):
+            with database.writing(through=through) as connection:
+                if isinstance(database, Lake) and not lake_upkeep.up_to_date(database, connection):
+                    return False
+                database.retrying(partial(_store_whole, connection, batch, appends_only=database.is_shared))
+            done.events += sum(len(part.places[0]) for part in batch.parts)
+            done.segments += len(batch.parts)
+            done.findings += [(part.after.segment, found) for part in batch.parts for found in part.findings]
+            for part in batch.parts:
+                if part.after.state != "open":
+                    with suppress(OSError):
+                        (folder / f"{part.after.segment}{SUFFIX}").unlink()
+    return True
 
 
 def _ahead(items: Iterator[Item]) -> Iterator[Item]:

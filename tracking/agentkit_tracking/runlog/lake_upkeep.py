@@ -86,7 +86,11 @@ def in_turn(database: object) -> Iterator[None]:
 
 
 def share_erasures(lake: Lake) -> None:
-    """Let folds of other machines know of all erasures that were folded here."""
+    """Let folds of other machines know of all erasures that were folded here.
+
+    While nobody folds: what was read before is stored by now, and taken out of the lake with the rest; what is stored later, by
+    a fold that looks whether it is `up_to_date`.
+    """
 
     def share(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(_ERASURES)
@@ -95,8 +99,23 @@ def share_erasures(lake: Lake) -> None:
             "WHERE type = 'erasure' AND event NOT IN (SELECT event FROM log.erasures)"
         )
 
-    with lake.writing(_PATIENCE_S) as connection:
+    with lake.alone(_PATIENCE_S) as connection:
         lake.retrying(lambda: share(connection))
+
+
+def up_to_date(lake: Lake, connection: duckdb.DuckDBPyConnection) -> bool:
+    """Whether this machine has taken out of its segments whatever was erased or pruned."""
+    return _caught_up(lake) == _state(connection)
+
+
+def _caught_up(lake: Lake) -> str:
+    note = lake.folder / _DONE
+    return note.read_text() if note.is_file() else "0 0"
+
+
+def _state(connection: duckdb.DuckDBPyConnection) -> str:
+    """Rows are only added to both."""
+    return f"{len(_erasures(connection))} {one(connection.execute('SELECT count(*) FROM log.pruned'))}"
 
 
 def catch_up(lake: Lake, segments: Path, connection: duckdb.DuckDBPyConnection) -> None:
@@ -104,17 +123,17 @@ def catch_up(lake: Lake, segments: Path, connection: duckdb.DuckDBPyConnection) 
 
     Runs that are under way go as far as they have come, as everywhere.
     """
+    state = _state(connection)
+    if _caught_up(lake) == state:
+        return
     erasures = _erasures(connection)
     pruned = connection.execute("SELECT segment, first_n, last_n FROM log.pruned").fetchall()
-    state, note = f"{len(erasures)} {len(pruned)}", lake.folder / _DONE  # rows are only added to both
-    if (note.read_text() if note.is_file() else "0 0") == state:
-        return
     if erasures:
         chosen = of_runs(_all(erasures))
         for path in segment_files(segments):
             blank(path, chosen)
     blank_stretches(segments, pruned)
-    note.write_text(state)
+    (lake.folder / _DONE).write_text(state)
 
 
 def _erasures(connection: duckdb.DuckDBPyConnection) -> list[str]:

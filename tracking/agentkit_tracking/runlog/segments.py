@@ -40,8 +40,10 @@ _DEEPEST = 200  # levels of nesting; orjson takes 254
 # Where the parts of a line stand.
 _HEAD = 34
 HASH, SALT, EVENT = slice(42, 106), slice(116, 148), 158
+_BRACE = ord("}")
 ID = EVENT + len('{"id":"')
 PRIVATE = b',"private":'
+_SHORTEST = len(PRIVATE + b"{}}")  # from there to the line's end
 ID_SIZE = 20
 _NAME = re.compile(rf"[0-9a-f]{{{ID_SIZE}}}\.jsonl")
 _SALTS = 16 * 256  # random bytes fetched at once; asking the system for each event costs as much as the hash
@@ -309,8 +311,11 @@ def _broken(content: bytes, start: int, end: int) -> str | None:
         return f"{end - body} bytes where {int(size)} were written"
     if content[start + 16 : body] != b',"crc":"%08x",' % zlib.crc32(memoryview(content)[body:end]):
         return "the checksum does not fit"
-    if content.find(PRIVATE, start + EVENT, end) < 0 or content[start + EVENT : start + EVENT + 7] != b'{"id":"':
+    split = content.find(PRIVATE, start + EVENT, end)
+    if split < 0 or content[start + EVENT : start + EVENT + 7] != b'{"id":"':
         return "no event"
+    if end - split < _SHORTEST or content[end - 1 : end] != b"}":
+        return "no private part"
     return None
 
 
@@ -356,7 +361,12 @@ def scan(
         if split > 0 and not _is_id(content, start + EVENT, identity):
             findings.append(Finding(offset + start, None, "damaged", "its id is not one of this segment"))
             follows = False
-        elif split > 0 and content[start:body] == b'{"len":%9d,"crc":"%08x",' % (end - body, crc32(view[body:end])):
+        elif (
+            end - split >= _SHORTEST
+            and content[end - 1] == _BRACE
+            and split > 0
+            and content[start:body] == b'{"len":%9d,"crc":"%08x",' % (end - body, crc32(view[body:end]))
+        ):
             before, digest = digest, content[start + 42 : start + 106]
             if check and follows and sha256(before + view[start + EVENT : split]).hexdigest().encode() != digest:
                 findings.append(_unlike(content[start + EVENT : split], offset + start, n))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from agentkit_tracking.runlog.blanking import OF_CALLED
 from agentkit_tracking.runlog.database import one, quoted
 from agentkit_tracking.runlog.events import COLUMNS
-from agentkit_tracking.runlog.segments import START
+from agentkit_tracking.runlog.segments import ID_SIZE, START
 from agentkit_tracking.runlog.upkeep import WHOLE, archived, parquet
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 BATCH = 250_000  # events checked at once
 MOST = 1_000  # faults of one kind said of one batch
+_SEGMENT = re.compile(rf"[0-9a-f]{{{ID_SIZE}}}")
 _TYPES = json.dumps(COLUMNS)
 _TOLD = {
     **{name: f"k.told.{name}" for name in COLUMNS},
@@ -37,7 +39,8 @@ _COLUMN = " ".join(
 # Why an event is not as it was written, or null. `links` has the hash that each is to follow.
 _CHECK = f"""
     SELECT k.place, k.segment, k.n, k.told.run_id AS run_id, CASE
-        WHEN NOT coalesce(starts_with(k.event, '{{"id":"' || k.segment || '-' || k.n || '"'), false)
+        WHEN k.n < 0 THEN 'no event has such a number'
+        WHEN k.told IS NULL OR NOT coalesce(starts_with(k.event, '{{"id":"' || k.segment || '-' || k.n || '"'), false)
             THEN 'what stands in its place is ' || coalesce(CASE WHEN json_valid(k.event) THEN 'event ' || left(k.event->>'id', 60) END, 'no event')
         WHEN (k.n = 0 OR l.hash IS NOT NULL)
             AND sha256(CASE WHEN k.n = 0 THEN '{START}' ELSE l.hash END || k.event) IS DISTINCT FROM k.hash
@@ -50,7 +53,7 @@ _CHECK = f"""
         SELECT *, CASE WHEN json_valid(event) THEN json_transform(event, '{_TYPES}') END AS told
         FROM kept WHERE $within
     ) k
-    LEFT JOIN links l ON l.segment = k.segment AND l.n = k.n - 1
+    LEFT JOIN links l ON l.segment = k.segment AND l.n = greatest(k.n, 0) - 1
     LEFT JOIN erased e ON e.run_id = k.told.run_id
 """
 
@@ -123,17 +126,18 @@ def _is_whole(
 
 def batches(connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[str, str, int]]:
     """Ranges of segments of about `BATCH` events each: the first, the last, and how many events."""
-    first, last, events = "", "", 0
+    first: str | None = None
+    last, events = "", 0
     counted = connection.execute(
         "SELECT segment, count(*) FROM (SELECT segment FROM kept WHERE segment IS NOT NULL) GROUP BY 1 "
         "UNION ALL SELECT DISTINCT segment, 0 FROM good_pruned ORDER BY 1"
     ).fetchall()
     for segment, n in counted:
-        first, last, events = first or segment, segment, events + n
+        first, last, events = segment if first is None else first, segment, events + n
         if events >= BATCH:
             yield first, last, events
-            first, events = "", 0
-    if first:
+            first, events = None, 0
+    if first is not None:
         yield first, last, events
 
 
@@ -141,7 +145,7 @@ def check(connection: duckdb.DuckDBPyConnection, first: str, last: str, done: St
     """Check the folded events of the segments from `first` to `last` by name; `erased`, `good_heads`, `good_pruned` are there."""
     within = f"segment BETWEEN {quoted(first)} AND {quoted(last)}"
     connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE links AS SELECT segment, n, hash FROM kept WHERE {within} "
+        f"CREATE OR REPLACE TEMP TABLE links AS SELECT segment, n, hash FROM kept WHERE n IS NOT NULL AND {within} "
         f"UNION ALL SELECT segment, last_n, hash FROM good_pruned WHERE {within}"
     )
     found = connection.execute(
@@ -170,6 +174,10 @@ def check(connection: duckdb.DuckDBPyConnection, first: str, last: str, done: St
             done.faults.append(Fault(segment, n, _run_of(connection, segment, n), "database", what))
     tally = connection.execute("SELECT segment, max(n) FROM links GROUP BY 1").fetchall()
     done.last.update(tally)
+    if odd := [segment for segment, _ in tally if not _SEGMENT.fullmatch(segment)]:
+        query = f"SELECT segment, min(n), place FROM kept WHERE segment IN (SELECT unnest(?)) GROUP BY ALL ORDER BY ALL LIMIT {MOST}"
+        for segment, n, place in connection.execute(query, [odd]).fetchall():
+            done.faults.append(Fault(segment, n, None, place, "no segment has such a name"))
     done.events += int(one(connection.execute(f"SELECT count(*) FROM kept WHERE {within}")))
 
 

@@ -42,12 +42,13 @@ _WHAT, _WHO = json.dumps({"id": "VARCHAR", **COLUMNS}), json.dumps({"user_hash":
 # row would spoil every query.
 READ = f"""
     SELECT segment, event, private, salt, hash, TRY(json_transform(event, '{_WHAT}')) AS what,
-        TRY(json_transform(private, '{_WHO}')) AS who, what IS NOT NULL AND (who IS NOT NULL OR private LIKE 'null%') AS is_json
+        TRY(json_transform(private, '{_WHO}')) AS who, private LIKE 'null%' AND rtrim(private) = 'null' AS is_erased,
+        what IS NOT NULL AND (who IS NOT NULL OR is_erased) AS is_json
     FROM lines
 """
 ROWS = f"""
     SELECT segment, TRY_CAST(substring(what.id, {ID_SIZE + 2}) AS BIGINT) AS n, {", ".join(f"what.{name}" for name in COLUMNS)},
-        who.user_hash, who.session, event, CASE WHEN private NOT LIKE 'null%' THEN private END AS private, salt, hash
+        who.user_hash, who.session, event, CASE WHEN NOT is_erased THEN private END AS private, salt, hash
     FROM ({READ}) WHERE is_json
 """
 
@@ -132,7 +133,8 @@ def parts(
             if starts and not rest and _CLOSED in content[starts[-1] : starts[-1] + 400]:
                 state = "closed"
             host, pid = _opened(content[starts[0] : ends[0]]) if is_first and starts else (position.host, position.pid)
-            if state == "open" and at_end and not live and (host == socket.gethostname() or age_s > _FOREIGN_S):
+            is_own = host in (None, socket.gethostname())  # who began it cannot be read where the first line is damaged
+            if state == "open" and at_end and not live and (is_own or age_s > _FOREIGN_S):
                 state, torn = "ended", rest
             position = Position(position.segment, start, chain.n, chain.digest.decode(), state, host, pid, torn)
             if starts or findings or state != "open":
