@@ -409,6 +409,10 @@ def test_a_query_reaches_nothing_but_the_views(lake: Place) -> None:
         "EXPLAIN (ANALYZE) SELECT * FROM runs",
         "PIVOT outcomes ON route IN ('billing') USING count(*) GROUP BY state",
         "SELECT r.run_id FROM runs r, json_each(r.inputs) j",
+        "WITH runs AS (SELECT * FROM runs), b AS (FROM runs) SELECT (WITH c AS (FROM b) SELECT count(*) FROM c) FROM b",
+        "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r WHERE n < 5) SELECT * FROM r",
+        "SUMMARIZE outcomes",
+        "VALUES (1) UNION ALL VALUES (2)",
     )
     assert a.try_each(*allowed) == [None] * len(allowed)
     bucket, meta = lake.data, "__ducklake_metadata_log"
@@ -434,6 +438,18 @@ def test_a_query_reaches_nothing_but_the_views(lake: Place) -> None:
         "SELECT * FROM ducklake_expire_snapshots('log', older_than => now())",
         "SELECT * FROM log.events",
         "SELECT * FROM information_schema.tables",
+        "SELECT * FROM pragma_database_list WHERE EXISTS (WITH pragma_database_list AS (SELECT 1) SELECT 1)",
+        "WITH Pragma_Database_List AS (SELECT * FROM pragma_database_list) SELECT * FROM pragma_database_list",
+        "WITH RECURSIVE duckdb_views AS (FROM duckdb_views UNION ALL FROM duckdb_views) FROM duckdb_views",
+        "WITH duckdb_databases AS (SELECT 1) FROM (SUMMARIZE duckdb_databases)",
+        "FROM sqlite_master WHERE EXISTS (WITH sqlite_master AS (SELECT 1) FROM sqlite_master)",
+        "FROM every_event WHERE EXISTS (WITH every_event AS (SELECT 1) FROM every_event)",
+        f"FROM '{bucket}/**' WHERE EXISTS (WITH \"{bucket}/**\" AS (SELECT 1) SELECT 1)",
+        "FROM (SHOW ALL TABLES)",
+        "SHOW DATABASES",
+        f"SHOW TABLES FROM {meta}",
+        f"DESCRIBE {meta}.ducklake_metadata",
+        "FROM json_execute_serialized_sql(json_serialize_sql('FROM pragma_database_list'))",
     )
     for attack, said in zip(attacks, a.try_each(*attacks), strict=True):
         assert "only a query that reads the views" in str(said), attack

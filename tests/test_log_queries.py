@@ -46,8 +46,16 @@ def log(own_home: Path) -> RunLog:
         "EXPLAIN SELECT * FROM runs",
         "EXPLAIN (ANALYZE) SELECT * FROM runs",
         "explain analyze FROM runs",
-        "PIVOT outcomes ON route USING count(*) GROUP BY state",
+        "PIVOT outcomes ON state IN ('DONE', 'FAILED') USING count(*) GROUP BY route",
+        "UNPIVOT (SELECT run_id, tokens_in, tokens_out FROM outcomes) ON tokens_in, tokens_out INTO NAME n VALUE v",
         "VALUES (1)",
+        "SELECT 1 UNION ALL SELECT 2 EXCEPT SELECT 3",
+        "WITH RECURSIVE r AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM r WHERE n < 5) SELECT * FROM r",
+        "SELECT run_id, row_number() OVER (PARTITION BY state ORDER BY started_at) AS n FROM runs QUALIFY n = 1",
+        "SELECT r.run_id, x.key FROM runs r, LATERAL (SELECT r.state) s, json_each(r.inputs) x, range(2)",
+        "SELECT route, count(*) FROM outcomes o JOIN steps s USING (run_id) GROUP BY ROLLUP (route)",
+        "SELECT (SELECT count(*) FROM steps) FROM (VALUES (1)) t(a) WHERE EXISTS (FROM runs)",
+        "SELECT * FROM runs WHERE " + " OR ".join(f"run_id <> 'r{i}'" for i in range(400)),
     ],
 )
 def test_what_reads_is_answered_also_of_archives(log: RunLog, query: str) -> None:
@@ -79,6 +87,15 @@ def test_what_reads_is_answered_also_of_archives(log: RunLog, query: str) -> Non
         "CREATE TABLE t AS SELECT 1",
         "CREATE TABLE t AS SELECT 1; SELECT 2",
         "CALL duckdb_functions()",
+        "PRAGMA database_list",
+        "WITH x AS (PIVOT outcomes ON route USING count(*)) FROM x",
+        "FROM query('SELECT 1')",
+        "FROM query_table('runs')",
+        "FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))",
+        "SELECT * FROM \"Force_Checkpoint\"('log')",
+        "SELECT (SELECT count(*) FROM pragma_table_info('runs'))",
+        "FROM read_parquet('{archive}/*/*.parquet')",
+        "FROM enable_logging()",
     ],
 )
 def test_what_does_anything_else_is_refused(log: RunLog, tmp_path: Path, query: str) -> None:
@@ -87,6 +104,63 @@ def test_what_does_anything_else_is_refused(log: RunLog, tmp_path: Path, query: 
         log.sql(query.format(file=file, archive=archive))
     assert not file.exists()
     assert not (archive / "x.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "WITH x AS ({does}) FROM x",
+        "WITH x AS (WITH y AS ({does}) FROM y) FROM x",
+        "SELECT (WITH x AS ({does}) SELECT count(*) FROM x)",
+        "FROM runs WHERE run_id IN (WITH x AS ({does}) SELECT 'a' FROM x)",
+        "EXPLAIN ANALYZE WITH x AS ({does}) FROM x",
+        "SUMMARIZE WITH x AS ({does}) FROM x",
+        "PIVOT (WITH x AS ({does}) FROM x) t ON gone USING count(*)",
+        "WITH x AS ({does}) PIVOT runs ON state USING count(*)",
+    ],
+)
+def test_what_a_query_has_within_it_reads_too(
+    log: RunLog, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, query: str
+) -> None:
+    (tmp_path / ".tmp").mkdir()
+    monkeypatch.chdir(tmp_path)
+    wal = log.folder / "log.duckdb.wal"
+    targets = [log.folder / "log.duckdb", *log.folder.rglob("*.parquet"), wal, tmp_path / ".tmp" / "out.csv"]
+    assert len(targets) == 4
+    before = [path.read_bytes() if path.exists() else None for path in targets]
+    does = [f"COPY (SELECT 1 AS gone) TO '{path}' (FORMAT csv, USE_TMP_FILE false)" for path in targets]
+    does += ["INSERT INTO fresh (n) VALUES (1) RETURNING n", "DELETE FROM log.events", "UPDATE fresh SET n = 1"]
+    for change in does:
+        # DuckDB 1.5 knows no such thing.
+        with pytest.raises(
+            UsageError, match=r"only a query that reads the views|cannot answer this query: Parser Error"
+        ):
+            log.sql(query.format(does=change))
+    assert [path.read_bytes() if path.exists() else None for path in targets] == before
+
+
+def test_a_pivot_without_its_values_is_told_what_it_needs(log: RunLog) -> None:
+    with pytest.raises(UsageError, match=r"a PIVOT needs its values: ON column IN"):
+        log.sql("PIVOT outcomes ON route USING count(*) GROUP BY state")
+
+
+def test_a_query_nested_too_deeply_is_refused(log: RunLog) -> None:
+    with pytest.raises(UsageError, match=r"nested too deeply|cannot answer this query"):
+        log.sql(f"SELECT {'+'.join('1' * 5000)}")
+
+
+@pytest.mark.parametrize("name", [".tmp/secret.csv", "secret.csv", "{cwd}/.tmp/secret.csv", ".tmp/../secret.csv"])
+def test_no_file_of_the_working_directory_is_read(
+    log: RunLog, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / ".tmp").mkdir()
+    for file in (tmp_path / "secret.csv", tmp_path / ".tmp" / "secret.csv"):
+        file.write_text("a,b\n1,SECRET\n")
+    monkeypatch.chdir(tmp_path)
+    name = name.format(cwd=tmp_path)
+    for query in (f"FROM '{name}'", f"FROM read_text('{name}')"):
+        with pytest.raises(UsageError, match="only a query that reads the views"):
+            log.sql(query)
 
 
 def test_a_connection_of_ones_own_has_no_limits(log: RunLog, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,15 @@ ONLY_READING = (
     "only a query that reads the views runs, outcomes, steps, feedback and events is taken, one at a time (for anything else: "
     "RunLog().connection() in Python, or DuckDB on a file of `agentkit log export`)"
 )
-# What a query on a lake may name: DuckDB's own confinement does not hold functions of its extensions, which reach the catalogue.
-_VIEWS = ("runs", "outcomes", "steps", "feedback", "events")
+# What a statement may be made of, as DuckDB's parser has it: DuckDB 2 takes COPY, INSERT, UPDATE and DELETE in WITH.
+_READS = (
+    *("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "EMPTY", "BASE_TABLE", "SUBQUERY", "JOIN"),
+    *("TABLE_FUNCTION", "EXPRESSION_LIST", "PIVOT", "SHOW_REF"),
+)
+# DuckDB's own confinement does not hold functions that run SQL or checkpoint, nor those of its extensions for a lake.
 _FUNCTIONS = ("unnest", "range", "generate_series", "json_each", "json_tree")
+_VIEWS = ("runs", "outcomes", "steps", "feedback", "events")  # and nothing else in a lake
 _EXPLAIN = re.compile(r"\s*EXPLAIN\s+(?:ANALYZE\s+|\([^()]*\)\s*)?", re.IGNORECASE)
-_PIVOT = re.compile(r"\s*PIVOT\b", re.IGNORECASE)
-_PIVOTS = (["MULTI"], ["CREATE", "SELECT"])  # in DuckDB 2 and 1: its values are looked up before
 _DAYS = (-719_162, 2_932_896)  # that Python has dates for, from 1970 on
 _UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}  # in a day
 
@@ -48,52 +50,81 @@ def check(connection: duckdb.DuckDBPyConnection, query: str, database: Database)
             explained = query[start.end() :] if start else query
             found = _kinds(connection, explained)
             query = explained
-    if found != ["SELECT"] and not (found in _PIVOTS and _PIVOT.match(query)):
-        raise UsageError(ONLY_READING)
+    if found != ["SELECT"]:
+        raise _refusal(query)
+    nodes = _nodes(connection, query)
+    for node in nodes:
+        # Queries have a `cte_map`, what they read from has a `sample`; expressions have neither.
+        if ("cte_map" in node or "sample" in node) and node["type"] not in _READS:
+            raise UsageError(ONLY_READING)
+        if (
+            node.get("type") == "TABLE_FUNCTION"
+            and (name := node["function"]["function_name"]).lower() not in _FUNCTIONS
+        ):
+            raise UsageError(f"{ONLY_READING}; this one names {name!r}")
     if isinstance(database, Lake):
-        _check_names(connection, query)
+        _check_names(connection, nodes)
 
 
 def _kinds(connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
     return [statement.type.name for statement in connection.extract_statements(query)]
 
 
-def _check_names(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-    """Refuse what names any other table or table function, as DuckDB's own parser has it.
+def _refusal(query: str) -> UsageError:
+    hint = "; a PIVOT needs its values: ON column IN ('a', 'b')" if "pivot" in query.lower() else ""
+    return UsageError(ONLY_READING + hint)
+
+
+def _nodes(connection: duckdb.DuckDBPyConnection, query: str) -> list[dict[str, Any]]:
+    """The parts of a statement, as DuckDB's own parser has it.
 
     Raises:
-        UsageError: it does, or its parts cannot be told.
+        UsageError: they cannot be told.
     """
-    tree = json.loads(one(connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query])))
+    try:
+        tree = json.loads(one(connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [query])))
+    except RecursionError as e:
+        raise UsageError("the query is nested too deeply") from e
     if tree["error"]:
-        raise UsageError(f"{ONLY_READING}; in a lake, PIVOT needs its values: ON column IN (…)")
-    nodes = list(_nodes(tree))
-    own = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", [])}
+        raise _refusal(query)
+    nodes, left = [], [tree]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            nodes.append(part)
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    return nodes
+
+
+def _check_names(connection: duckdb.DuckDBPyConnection, nodes: list[dict[str, Any]]) -> None:
+    """Refuse what names any table but the views: those of the catalogue show its password.
+
+    Raises:
+        UsageError: it does.
+    """
+    own = {entry["key"].lower() for node in nodes for entry in node.get("cte_map", {}).get("map", [])} - {*_VIEWS}
+    # Beyond its WITH, such a name is another thing's.
+    names = "SELECT view_name FROM duckdb_views() UNION SELECT table_name FROM duckdb_tables()"
+    others = {name.lower() for (name,) in connection.execute(names).fetchall()} if own else set()
+    own = {name for name in own - others if not re.search("[./:]", name)}  # nor a file's
     for node in nodes:
         if node.get("type") == "BASE_TABLE":
             name, place = node["table_name"], node["catalog_name"] or node["schema_name"]
             is_known = not place and name.lower() in (*_VIEWS, *own)
-        elif node.get("type") == "TABLE_FUNCTION":
-            name = node["function"]["function_name"]
-            is_known = name.lower() in _FUNCTIONS
+        elif node.get("type") == "SHOW_REF":  # DESCRIBE has a query; SHOW TABLES names what it lists
+            name, is_known = node["table_name"], node["query"] is not None
         else:
             continue
         if not is_known:
             raise UsageError(f"{ONLY_READING}; this one names {name!r}")
 
 
-def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(tree, dict):
-        yield tree
-        tree = list(tree.values())
-    if isinstance(tree, list):
-        for part in tree:
-            yield from _nodes(part)
-
-
 def confine(connection: duckdb.DuckDBPyConnection, database: Database) -> None:
     """Keep a connection to the run log's own files from here on."""
     place = f"{database.data_path.rstrip('/')}/" if isinstance(database, Lake) else database.folder / "archive"
+    connection.execute("SET temp_directory = ''")  # ./.tmp would be allowed, too
     connection.execute(f"SET allowed_directories = [{quoted(place)}]")
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
