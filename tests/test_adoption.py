@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from log_files import Row, ago, edit_file, rehash, run, write
+from test_log_verify import invented
 from typer.testing import CliRunner
 
 from agentkit_pipelines.cli import app
@@ -165,6 +166,27 @@ def no_parquet(log: RunLog, tmp: Path) -> None:
     archives(log)[1].write_bytes(b"PAR1")
 
 
+def beside(log: RunLog, row: Callable[[Row], Row], types: dict[str, pa.DataType] | None = None) -> Path:
+    """An archive of one row, made up like another one's."""
+    table = pq.ParquetFile(archives(log)[1]).read()
+    schema = pa.schema([pa.field(f.name, (types or {}).get(f.name, f.type)) for f in table.schema])
+    file = archives(log)[1].with_name(f"{'e' * 20}.parquet")
+    pq.write_table(pa.Table.from_pylist([row(table.to_pylist()[0])], schema), file)
+    return file
+
+
+def made_up(segment: str, n: int, **values: object) -> Callable[[RunLog, Path], None]:
+    return lambda log, tmp: void(beside(log, lambda like: {**invented(like, segment, n), **values}))
+
+
+def of_other_types(log: RunLog, tmp: Path) -> None:
+    beside(log, lambda like: {**invented(like, "0" * 20, 0), "n": "zero"}, {"n": pa.string()})
+
+
+def void(_: object) -> None:
+    """For a lambda."""
+
+
 @pytest.mark.parametrize(
     ("damage", "said", "left"),
     [
@@ -176,6 +198,12 @@ def no_parquet(log: RunLog, tmp: Path) -> None:
         (with_what_was_erased, "it holds what was erased on request; delete it", 1),
         (no_parquet, "it cannot be read", 1),
         (not_its_own, "`agentkit log compact` has not written it", 1),
+        (made_up("0" * 20, -7), "no event has such a number", 1),
+        (made_up("", 0), "no segment has such a name", 1),
+        (made_up("", 0, event="{}"), "what stands in its place is no event", 1),
+        (made_up("", 0, event="junk"), "what stands in its place is no event", 1),
+        (made_up("0" * 20, 0, logged_at=None), "of its events are of another day", 1),
+        (of_other_types, "its columns are of other types", 1),
     ],
 )
 def test_what_is_not_whole_is_left_with_the_reason(
@@ -215,3 +243,65 @@ def test_of_two_files_with_the_same_events_the_later_one_counts(log: RunLog) -> 
     assert f"{later.name}, which was written later" in done.refused[str(first.relative_to(log.folder))]
     assert len(done.files) == 3
     assert verify(log).events == 5 * 2 * 4 + 3
+
+
+def what_goes_on(log: RunLog, segment: str) -> Path:
+    """An archive with one more event of a segment, made up; anybody can compute its hash."""
+    [(n, digest)] = log.sql(f"SELECT max(n), max_by(hash, n) FROM events WHERE segment = '{segment}'").rows()
+    return beside(log, lambda like: invented(like, segment, n + 1, digest))
+
+
+def test_what_a_process_goes_on_to_write_is_not_lost(log: RunLog) -> None:
+    [path] = log.segments.glob("*.jsonl")
+    file = what_goes_on(log, path.stem)
+    done = adopt(log)
+    why = "it goes on where the segment file, which is still there, does not"
+    assert done.refused == {str(file.relative_to(log.folder)): why}
+    write(log, run("later"))
+    log.fold()
+    assert path.exists()
+    assert "later" in log.runs()["run_id"]
+    file.unlink()
+    assert verify(log).is_whole
+
+
+def test_nothing_goes_on_after_a_segment_was_closed(own_home: Path) -> None:
+    log = RunLog()
+    closed(log, 9, 8)
+    name = next(log.segments.glob("*.jsonl")).stem
+    compact(log, 3)
+    what_goes_on(log, name)
+    assert list(adopt(log).refused.values()) == ["it goes on where the segment was closed"]
+
+
+def test_after_an_erasure_was_lost_with_the_database_somebody_can_sign_for_it(own_home: Path) -> None:
+    keys.create("Ada")
+    log = RunLog()
+    closed(log, 9, 8, 7)
+    compact(log, 3)
+    erase_user(log, "anna", why="asked for it")
+    log.close()
+    log.fold()
+    lose(log)
+    done = adopt(log)
+    assert (len(done.files), len(done.refused)) == (1, 2)  # what follows from it is left, too
+    assert "no erasure says so" in "".join(done.refused.values())
+    log.close()
+    told = CliRunner().invoke(app, ["log", "adopt", "--accept-erased"])
+    assert told.exit_code == 0, told.output
+    assert "3 of them have no private part, and count as erased from now on" in told.output
+    assert verify(log).is_whole
+    log.close()
+    log.fold()
+    report = verify(log, strict=True)
+    assert report.is_whole, report.faults
+    assert "private parts of 3 events of 1 runs were erased on request" in report.remarks
+    [(by_whom,)] = log.sql("SELECT private->>'why' FROM events WHERE type = 'erasure'").rows()
+    assert by_whom == "adopted without private parts; the erasure was lost"
+
+
+def test_a_private_part_that_was_changed_is_not_accepted_as_erased(log: RunLog) -> None:
+    changed(with_other_words)(log, log.folder)
+    lose(log)
+    done = adopt(log, accept_erased=True)
+    assert (done.blank, len(done.refused)) == (0, 1)

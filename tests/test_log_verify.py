@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from agentkit.errors import UsageError
 from agentkit_tracking import keys
 from agentkit_tracking.runlog import RunLog
 from agentkit_tracking.runlog.retention import compact, prune
+from agentkit_tracking.runlog.segments import START, frame, parse
 from agentkit_tracking.runlog.verification import Report, verify
 
 
@@ -335,6 +337,53 @@ def test_a_segment_under_another_name_is_found(log: RunLog) -> None:
     [path] = log.segments.glob("*.jsonl")
     shutil.copy(path, path.with_name("0199999999999abcdef0.jsonl"))
     assert {f.segment for f in verify(log).faults} == {"0199999999999abcdef0"}
+
+
+def invented(like: Row, segment: str, n: int, before: str = START) -> Row:
+    """A row that somebody made up, all hashes of which fit."""
+    event = {"id": f"{segment}-{n}", "logged_at": like["logged_at"].isoformat(), "type": "run"}
+    line = parse(frame(event, {}, before, b"0" * 32)[0].rstrip(b"\n"))
+    texts = {"event": line.event, "private": line.private, "salt": line.salt, "hash": line.digest}
+    own = {"segment": segment, "n": n, "logged_at": like["logged_at"], "type": "run"}
+    return {**dict.fromkeys(like), **own, **{name: text.decode() for name, text in texts.items()}}
+
+
+@pytest.mark.parametrize("name", ["", "0" * 19, "x" * 20])
+def test_a_row_whose_segment_can_be_none_is_found(log: RunLog, name: str) -> None:
+    filled(log, "database")
+    report = attack(log, "database", lambda rows: rows.append(invented(rows[-1], name, 0)))
+    assert "no segment has such a name" in said(report, 0)
+
+
+@pytest.mark.parametrize("n", [-1, -(2**63)])
+def test_a_row_with_a_number_below_zero_is_found(log: RunLog, n: int) -> None:
+    filled(log, "database")
+    report = attack(log, "database", lambda rows: rows.append(invented(rows[-1], rows[-1]["segment"], n)))
+    assert "no event has such a number" in said(report, n)
+
+
+def test_rows_without_a_number_are_found(log: RunLog) -> None:
+    filled(log, "database")
+
+    def edit(rows: list[Row]) -> None:
+        rows += [{**rows[-1], "n": None}] * 2
+
+    assert "2 rows name no segment and number" in "\n".join(map(str, attack(log, "database", edit).faults))
+
+
+def test_a_row_whose_event_is_no_json_is_found(log: RunLog) -> None:
+    """Though its beginning, its end and its hash are as they should be; its columns say nothing."""
+    filled(log, "database")
+
+    def edit(rows: list[Row]) -> None:
+        last = rows[-1]
+        text = last["event"].replace('"type":', '"type"')
+        digest = hashlib.sha256((rows[-2]["hash"] + text).encode()).hexdigest()
+        kept = {name: last[name] for name in ("segment", "n", "private", "salt")}
+        rows[-1] = {**dict.fromkeys(last), **kept, "event": text, "hash": digest}
+
+    report = attack(log, "database", edit)
+    assert "what stands in its place is no event" in said(report, 41)
 
 
 # ---- signatures

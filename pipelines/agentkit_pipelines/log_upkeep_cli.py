@@ -123,7 +123,14 @@ def compact(older_than: OlderThan = 30) -> None:
 
 
 @log_app.command(rich_help_panel=KEEP)
-def adopt() -> None:
+def adopt(
+    accept_erased: Annotated[
+        bool,
+        typer.Option(
+            "--accept-erased", help="also events without private part whose erasure was lost with the database"
+        ),
+    ] = False,
+) -> None:
     """Take in archives that the database does not know, since it was lost or comes from a backup; sign how far they go.
 
     Only what is whole, and follows from what the log has. Restore first what else there is of `log.duckdb` and `segments/`.
@@ -135,11 +142,13 @@ def adopt() -> None:
     from agentkit_tracking.runlog import RunLog, adoption
 
     with terminal.console().status("looking through archives"):
-        done = adoption.adopt(RunLog())
+        done = adoption.adopt(RunLog(), accept_erased=accept_erased)
     out = terminal.console()
     for file, why in sorted(done.refused.items()):
         out.print(f"[red]✗[/red] {escape(file)}: {escape(why)}", soft_wrap=True)
     out.print(f"{done.events} events of {len(done.files)} archives are part of the log again")
+    if done.blank:
+        out.print(f"[yellow]![/yellow] {done.blank} of them have no private part, and count as erased from now on")
     if done.open_ends:
         out.print(
             f"[yellow]![/yellow] {done.open_ends} segments do not end in their archives: their processes were killed, or what "

@@ -18,7 +18,7 @@ from agentkit_tracking.home import author
 from agentkit_tracking.runlog import heads, stored, upkeep
 from agentkit_tracking.runlog.blanking import OF_CALLED, Named, named
 from agentkit_tracking.runlog.database import insert, transaction
-from agentkit_tracking.runlog.erasure import _announce
+from agentkit_tracking.runlog.erasure import announce
 from agentkit_tracking.runlog.segments import segment_files
 from agentkit_tracking.runlog.upkeep import ARCHIVE, WHOLE, archived, parquet
 
@@ -73,7 +73,7 @@ def adopt(log: RunLog, *, accept_erased: bool = False) -> Adopted:
             offer.examine()
         if offer.files:
             if offer.lost != Named():  # first, as an erasure does
-                _announce(log, offer.lost, "adopted without private parts; the erasure was lost", author())
+                announce(log, offer.lost, "adopted without private parts; the erasure was lost", author())
             with log.database.writing(_PATIENCE_S) as connection, transaction(connection):
                 return offer.take_in(connection)
     return Adopted(refused=offer.refused)

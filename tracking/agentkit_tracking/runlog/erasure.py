@@ -83,7 +83,7 @@ def erase_user(
             with reading.connection(log) as connection:
                 doomed, roots = _doomed(connection, pseudonym)
             if doomed != Named():
-                _announce(log, doomed, why, by or author())
+                announce(log, doomed, why, by or author())
         progress(0, 5)
         if isinstance(log.database, Lake):  # other machines must be able to read why before anything is gone
             upkeep.fold_all(log)
@@ -156,7 +156,7 @@ def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Name
     return Named(tuple(run for run, whole in rows if whole), tuple(run for run, whole in rows if not whole)), roots
 
 
-def _announce(log: RunLog, doomed: Named, why: str, by: str) -> None:
+def announce(log: RunLog, doomed: Named, why: str, by: str) -> None:
     """Say in the chain what will be gone; on the disk before anything is."""
     from agentkit.redaction import redact
 
