@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 if TYPE_CHECKING:
     from agentkit.runs import Run
 
-OPEN: set[int] = set()  # ids of runs under way in this process
+# Runs under way in this process. One that was left by an interrupt at a bad moment is out of it once it is collected.
+OPEN: WeakSet[Run] = WeakSet()
 CURRENT: ContextVar[Run | None] = ContextVar("agentkit_run", default=None)
 DSPY_SETTING = "agentkit_run"  # DSPy hands its settings, but no context variables, to the threads it starts
 

@@ -318,7 +318,7 @@ class Run:
         token, result, error = None, None, None
         try:
             token = CURRENT.set(self)  # within: an interrupt must not leave this run standing for all later ones
-            OPEN.add(id(self))
+            OPEN.add(self)
             self.hand_over()
             self.heed()
             result = work(self)
@@ -330,9 +330,9 @@ class Run:
             if self.state not in (State.DONE, State.FAILED):
                 self.to(State.FAILED, f"{type(error).__name__}: {error}")
         finally:
+            OPEN.discard(self)
             if token is not None:
                 CURRENT.reset(token)
-            OPEN.discard(id(self))
         return self._finish(result, error), error
 
     def _finish(self, result: Any, error: BaseException | None) -> RunRecord:

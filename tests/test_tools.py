@@ -274,7 +274,7 @@ def test_from_the_limit_on_a_person_is_asked_and_told_what_and_why(amount: Any) 
     assert request.system == "worker"
     assert "hedgehog is working on" in request.doing
     assert [("A", float(amount))] == PAID
-    assert [(s.name, s.outputs) for s in steps(record, "approval")] == [("refund", {"verdict": "approve"})]
+    assert [(s.name, s.outputs["verdict"]) for s in steps(record, "approval")] == [("refund", "approve")]
     moves = [(s.inputs, s.name, s.outputs) for s in steps(record, "transition")]
     assert moves[2:4] == [("EXECUTING", "AWAITING_HUMAN", reason), ("AWAITING_HUMAN", "EXECUTING", "approved")]
 
@@ -296,7 +296,7 @@ def test_only_true_approves(answer: Any, amount: float) -> None:
     record = pay(amount, lambda request: answer)
     assert (record.state, record.output) == ("DONE", {"value": None})
     assert (record.effects, record.tool_calls, PAID) == ([], 0, [])
-    assert [s.outputs for s in steps(record, "approval")] == [{"verdict": "reject"}]
+    assert [s.outputs["verdict"] for s in steps(record, "approval")] == ["reject"]
     assert steps(record, "transition")[3].outputs == "rejected"
 
 

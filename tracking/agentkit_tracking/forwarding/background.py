@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import concurrent.futures.thread  # noqa: F401 # mlflow's import needs it, and at the end of a process it can be imported no more
 import logging
 import os
 import threading
