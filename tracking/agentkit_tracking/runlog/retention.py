@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from agentkit.errors import UsageError
 from agentkit_tracking.runlog import lake_upkeep, upkeep
 from agentkit_tracking.runlog.blanking import blank_stretches
-from agentkit_tracking.runlog.database import LogBusy, one, transaction
+from agentkit_tracking.runlog.database import LogBusy, insert, one, transaction
 from agentkit_tracking.runlog.lake import Lake
 
 if TYPE_CHECKING:
@@ -205,8 +205,7 @@ def _sign(connection: duckdb.DuckDBPyConnection, gone: list[Stretch], key: objec
     assert isinstance(key, SigningKey)
     names = ("segment", "first_n", "last_n", "hash")
     rows = [signed(dict(zip(names, stretch, strict=True)), key) for stretch in gone]
-    if rows:
-        connection.executemany("INSERT INTO log.pruned VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    insert(connection, "log.pruned", "segment, first_n, last_n, hash, signed_at, key_id, signature", rows)
 
 
 def _blank_in_files(log: RunLog) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from agentkit.errors import UsageError
 from agentkit_tracking.runlog import heads, stored
 from agentkit_tracking.runlog.blanking import OF_CALLED, Named, named
-from agentkit_tracking.runlog.database import one
+from agentkit_tracking.runlog.database import insert, one
 from agentkit_tracking.runlog.files import File, Of, check_file
 from agentkit_tracking.runlog.segments import SUFFIX, segment_files
 from agentkit_tracking.runlog.status import ended_twice
@@ -141,13 +141,8 @@ def _check_stored(
 
 
 def _table(connection: duckdb.DuckDBPyConnection, name: str, rows: Iterable[tuple[str, int, str]]) -> None:
-    import pyarrow as pa
-
-    segments, numbers, digests = zip(*rows, strict=True) if (rows := list(rows)) else ((), (), ())
-    columns = [pa.array(segments, pa.string()), pa.array(numbers, pa.int64()), pa.array(digests, pa.string())]
-    connection.register("given", pa.table(columns, ["segment", "n", "hash"]))
-    connection.execute(f"CREATE TEMP TABLE {name} AS SELECT * FROM given")
-    connection.unregister("given")
+    connection.execute(f"CREATE TEMP TABLE {name} (segment VARCHAR, n BIGINT, hash VARCHAR)")
+    insert(connection, name, "segment, n, hash", list(rows))
 
 
 # ---- signatures
@@ -213,8 +208,8 @@ def _check_pruned(connection: duckdb.DuckDBPyConnection, trust: Trust, report: R
             good.append((values["segment"], values["first_n"], values["last_n"], values["hash"]))
             events += values["last_n"] - values["first_n"] + 1
     connection.execute("CREATE TEMP TABLE good_pruned (segment VARCHAR, first_n BIGINT, last_n BIGINT, hash VARCHAR)")
+    insert(connection, "good_pruned", "segment, first_n, last_n, hash", good)
     if good:
-        connection.executemany("INSERT INTO good_pruned VALUES (?, ?, ?, ?)", good)
         report.remarks.append(f"{events} events were pruned for good, signed ({len(good)} stretches)")
 
 
