@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -109,6 +110,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "pyproject.toml").write_text("")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def dspy_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What DSPy has to complain about; its logger does not propagate."""
+    logging.getLogger("dspy").addHandler(caplog.handler)
+    yield caplog
+    logging.getLogger("dspy").removeHandler(caplog.handler)
 
 
 @pytest.fixture
