@@ -163,19 +163,19 @@ def test_a_retry_is_part_of_the_latency_the_user_sees(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    "script",
+    ("script", "timeout"),
     [
-        (Reply(text=lambda request: "I cannot say." if of_a_fifth(request) else answer(label="billing")),),
-        (*[Reply(status=500)] * 12, Reply()),
-        (*[Reply(body=b"<html>")] * 12, Reply()),
-        (*[Reply(delay=1.2)] * 12, Reply()),
+        ((Reply(text=lambda request: "I cannot say." if of_a_fifth(request) else answer(label="billing")),), 60),
+        ((*[Reply(status=500)] * 12, Reply()), 60),
+        ((*[Reply(body=b"<html>")] * 12, Reply()), 60),
+        ((*[Reply(delay=8)] * 12, Reply()), 4),  # well above what twenty first calls at once take on a busy machine
     ],
     ids=["invalid output", "server error", "malformed body", "time-out"],
 )
-def test_the_failure_rule_refuses_when_a_fifth_fails(serve: Serve, script: tuple[Reply, ...]) -> None:
-    serve(*script, num_retries=0, timeout=0.8)
+def test_the_failure_rule_refuses_when_a_fifth_fails(serve: Serve, script: tuple[Reply, ...], timeout: float) -> None:
+    serve(*script, num_retries=0, timeout=timeout)
     results = results_of(triage())
-    assert results["task_failure"].sum() == 12
+    assert results["task_failure"].sum() == 12, results["error"].value_counts().to_dicts()
     assert results["success"].sum() == 48
     assert decide(results, FAILURES).verdict == "fail"
 
