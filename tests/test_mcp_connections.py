@@ -28,7 +28,7 @@ def noted(log: Path, what: str) -> int:
     return log.read_text().splitlines().count(what)
 
 
-def gone(pid: int, seconds: float = 5.0) -> bool:
+def gone(pid: int, seconds: float = 30.0) -> bool:
     """Whether the process has ended within that time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -47,10 +47,10 @@ def gone(pid: int, seconds: float = 5.0) -> bool:
 
 def test_a_call_that_hangs_ends_here_and_is_cancelled_there(log: Path) -> None:
     with hostile("--log", str(log)) as own:
-        slow = own.grant("sleep", permission="read", timeout_s=0.3, tries=1)
+        slow = own.grant("sleep", permission="read", timeout_s=2, tries=1)
         record = doing(lambda run: run.call(slow), slow).run(text="")
         assert "(timeout)" in (record.error or "")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while not noted(log, "cancelled") and time.monotonic() < deadline:
             time.sleep(0.02)
         assert noted(log, "cancelled") == 1
@@ -61,9 +61,11 @@ def test_a_call_that_hangs_ends_here_and_is_cancelled_there(log: Path) -> None:
 def test_the_runs_own_time_also_ends_the_call(log: Path) -> None:
     with hostile("--log", str(log)) as own:
         slow = own.grant("sleep", permission="read", timeout_s=20)
-        record = doing(lambda run: run.call(slow), slow, budget=ak.Budget(seconds=0.5)).run(text="")
+        record = doing(lambda run: run.call(slow), slow, budget=ak.Budget(seconds=2)).run(text="")
         assert (record.error or "").startswith("BudgetExceeded")
-        time.sleep(0.6)
+        deadline = time.monotonic() + 30
+        while not noted(log, "cancelled") and time.monotonic() < deadline:
+            time.sleep(0.02)
         assert noted(log, "cancelled") == 1
 
 

@@ -61,9 +61,9 @@ def test_a_stop_cuts_a_long_wait_short(serve: Serve) -> None:
 
 
 def test_a_request_is_not_waited_for_past_the_runs_time(serve: Serve) -> None:
-    serve(Reply(delay=5), num_retries=2, timeout=30)
+    serve(Reply(delay=60), num_retries=2, timeout=120)
     record = triage(Budget(seconds=0.5)).run(ticket=TICKET)
-    assert record.seconds < 3
+    assert record.seconds < 30
     assert record.error is not None
     assert record.error.startswith("BudgetExceeded: budget of 0.5 seconds")
 
@@ -75,7 +75,7 @@ def test_a_request_is_not_waited_for_past_the_runs_time(serve: Serve) -> None:
         (Reply(hang_up=True), "LMTransportError"),
         (Reply(body=b"<html>a gateway's error page"), "LMProviderError"),
         (Reply(body=b'{"choices": 3}'), "LMUnexpectedError"),
-        (Reply(delay=1.0), "LMTransportError"),
+        (Reply(delay=5), "LMTransportError"),
         (Reply(status=503), "LMServerError"),
     ],
     ids=["cut off", "hung up", "gibberish", "odd JSON", "slow", "down"],
@@ -83,7 +83,7 @@ def test_a_request_is_not_waited_for_past_the_runs_time(serve: Serve) -> None:
 def test_a_reply_that_is_none_is_asked_for_again_and_both_attempts_are_recorded(
     serve: Serve, bad: Reply, said: str
 ) -> None:
-    provider = serve(bad, Reply(), timeout=0.5)
+    provider = serve(bad, Reply(), timeout=3)
     with FakeClock():
         record = triage().run(ticket=TICKET)
     assert (record.state, record.output) == ("DONE", {"label": "billing"})

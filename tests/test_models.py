@@ -167,17 +167,17 @@ def test_the_provider_path_needs_no_litellm(serve: Serve) -> None:
 
 
 def test_a_rate_limit_is_waited_for_as_long_as_the_server_asks(serve: Serve) -> None:
-    provider = serve(Reply(status=429, headers={"Retry-After": "0.4"}), Reply())
+    provider = serve(Reply(status=429, headers={"Retry-After": "1.6"}), Reply())
     record = triage().run(ticket=TICKET)
     assert record.state == "DONE"
-    assert 0.4 <= provider.times[1] - provider.times[0] < 0.9  # the wait without being asked is 1 s
+    assert provider.times[1] - provider.times[0] >= 1.6  # the wait without being asked is 1 s
 
 
-@pytest.mark.parametrize(("asked", "budget"), [("3600", Budget()), ("5", Budget(seconds=2))])
+@pytest.mark.parametrize(("asked", "budget"), [("3600", Budget()), ("50", Budget(seconds=30))])
 def test_a_wait_past_a_minute_or_the_runs_deadline_is_not_begun(serve: Serve, asked: str, budget: Budget) -> None:
     provider = serve(Reply(status=429, headers={"Retry-After": asked}))
     record = triage(budget).run(ticket=TICKET)
-    assert record.seconds < 1
+    assert record.seconds < 25
     assert len(provider.requests) == 1
     assert record.error == (
         f"ModelError: {MODEL}: rate limited (it went wrong with 429, asks to wait {asked} s); run fewer workers or wait"

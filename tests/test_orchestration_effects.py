@@ -61,17 +61,17 @@ def test_people_are_asked_one_question_at_a_time_and_waiting_is_nobodys_time() -
 
     def approver(request: ApprovalRequest) -> bool:
         assert asking.acquire(blocking=False)
-        time.sleep(0.4)  # longer than the whole may take
+        time.sleep(2.5)  # longer than the whole may take
         requests.append(request)
         asking.release()
         return True
 
     agents = [node(n, pay_much(n), refund) for n in "abc"]
     with ak.approve_with(approver):
-        record = crew(*agents, budget=Budget(seconds=0.3)).run()
+        record = crew(*agents, budget=Budget(seconds=2)).run()
     assert record.state == "DONE", record.error
     assert (len(PAID), {r.agent for r in requests}) == (3, {"a", "b", "c"})
-    assert record.waited_s >= 1.2 > record.phases["execution"]
+    assert record.waited_s >= 7.5 > record.phases["execution"]
     moves = [(s.inputs, s.name) for s in record.steps if s.kind == "transition"]
     assert moves.count(("EXECUTING", "AWAITING_HUMAN")) == 3
     assert {*moves} <= ALLOWED

@@ -103,9 +103,9 @@ def test_the_time_of_the_whole_ends_an_agent_that_hangs() -> None:
             called.append(type(e).__name__)
 
     began = time.perf_counter()
-    record = crew(node("a", hang, refund), node("b"), budget=Budget(seconds=0.3)).run()
-    assert time.perf_counter() - began < 5
-    assert (record.error or "").startswith("BudgetExceeded: budget of 0.3 seconds")
+    record = crew(node("a", hang, refund), node("b"), budget=Budget(seconds=2)).run()
+    assert time.perf_counter() - began < 25
+    assert (record.error or "").startswith("BudgetExceeded: budget of 2 seconds")
     assert (record.partial or {})["b"] == {"value": "b"}
     left = [t for t in threading.enumerate() if t.name == "agentkit-a"]
     go_on.set()

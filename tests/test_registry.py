@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from releases import CASES, COLOURS, put_in_production, python, store  # noqa: F
 
 import agentkit as ak
 from agentkit.errors import ReleaseError, UsageError
+from agentkit.testing import FakeClock
 from agentkit_pipelines import promotion
 from agentkit_tracking import loading, registry
 from agentkit_tracking import manifest as manifests
@@ -371,16 +371,17 @@ def answers(project: Path) -> tuple[registry.Version, registry.Version]:
 def test_a_moved_alias_is_noticed_after_the_interval_and_a_run_under_way_keeps_its_release(
     answers: tuple[registry.Version, registry.Version], tmp_path: Path
 ) -> None:
-    followed = loading.follow("answer@production", reload_s=2)
     records: list[Any] = []
     under_way = threading.Thread(target=lambda: records.append(followed.run(wait_for=str(tmp_path / "go"))))
-    under_way.start()
-    put_in_production(answers[1])
-    early = followed.run()
-    time.sleep(2)
-    late = followed.run()
-    (tmp_path / "go").touch()
-    under_way.join()
+    with FakeClock() as now:
+        followed = loading.follow("answer@production", reload_s=2)
+        under_way.start()
+        put_in_production(answers[1])
+        early = followed.run()
+        now.tick(2)
+        late = followed.run()
+        (tmp_path / "go").touch()
+        under_way.join()
     outputs = [(r.output["value"], r.release) for r in (early, late, *records)]
     first, second = (("first", answers[0].release_id), ("second", answers[1].release_id))
     assert outputs == [first, second, first]

@@ -112,8 +112,9 @@ from agentkit_tracking.control import ControlPlane
 plane = ControlPlane()
 with open(sys.argv[1], "w", buffering=1) as out:
     while True:
+        asked = time.time()
         if plane.stopped("support_triage", None, "billing", "issue_refund") is None:
-            out.write(f"{time.time()}\\n")
+            out.write(f"{asked}\\n")
         time.sleep(0.01)
 """
     files = [tmp_path / f"writer-{i}" for i in range(3)]
@@ -133,14 +134,10 @@ with open(sys.argv[1], "w", buffering=1) as out:
         cli("stop", "support_triage/tool:issue_refund", "--why", "test")
         stopped = time.time()
         time.sleep(HOLDS_WITHIN_S + 0.7)
-        # 0.3 s: two cores, three writers and a test
-        assert max(max(times) for times in written()) < stopped + HOLDS_WITHIN_S + 0.3
+        assert max(max(times) for times in written()) < stopped + HOLDS_WITHIN_S
         before = [len(times) for times in written()]
         cli("resume", "support_triage/tool:issue_refund", "--why", "test")
-        resumed = time.time()
         wait(lambda: all(len(now) > was for now, was in zip(written(), before, strict=True)))
-        after = [times[was] for times, was in zip(written(), before, strict=True)]
-        assert max(after) < resumed + HOLDS_WITHIN_S + 0.3
     finally:
         for writer in writers:
             writer.kill()

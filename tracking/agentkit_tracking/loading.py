@@ -6,10 +6,10 @@ import json
 import logging
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
+from agentkit import clock
 from agentkit.errors import ReleaseError, TrustError, UnknownReference, UsageError
 from agentkit.models import EMBEDDED, Settings, build_lm, load_settings
 from agentkit.records import RunRecord
@@ -204,7 +204,7 @@ class Following:
     def __init__(self, reference: str, reload_s: float) -> None:
         self._reference, self._reload_s = reference, reload_s
         self._system = load(reference)
-        self._looked, self._lock = time.monotonic(), threading.Lock()
+        self._looked, self._lock = clock.monotonic(), threading.Lock()
 
     @property
     def system(self) -> System:
@@ -217,7 +217,7 @@ class Following:
         from mlflow.exceptions import MlflowException
 
         with self._lock:
-            if time.monotonic() - self._looked >= self._reload_s:
+            if clock.monotonic() - self._looked >= self._reload_s:
                 try:
                     if resolve(self._reference).release_id != self._system.release:
                         self._system = load(self._reference)
@@ -225,7 +225,7 @@ class Following:
                     _log.warning(
                         "%s cannot be looked up, release %s goes on: %s", self._reference, self._system.release, e
                     )
-                self._looked = time.monotonic()
+                self._looked = clock.monotonic()
             return self._system
 
     def run(self, **inputs: Any) -> RunRecord:
