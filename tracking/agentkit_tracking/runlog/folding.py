@@ -22,7 +22,6 @@ from agentkit_tracking.runlog.lake import Lake
 from agentkit_tracking.runlog.segments import SUFFIX, Finding, is_live, number, segment_files
 from agentkit_tracking.runlog.unfolded import (
     ARROW_ROWS,
-    READ,
     ROWS,
     Part,
     Position,
@@ -117,11 +116,10 @@ def _ahead(items: Iterator[Item]) -> Iterator[Item]:
 
 @dataclass
 class Batch:
-    """What one transaction stores: rows of `events`, and lines that are no JSON (segment, beginning of the event)."""
+    """What one transaction stores; of the rows only those that are JSON."""
 
     parts: list[Part]
     rows: pa.Table
-    bad: list[tuple[str, str]]
 
 
 def _parsed(batches: Iterator[tuple[list[Part], pa.Table]]) -> Iterator[Batch]:
@@ -129,12 +127,9 @@ def _parsed(batches: Iterator[tuple[list[Part], pa.Table]]) -> Iterator[Batch]:
         connection.execute("SET threads = 1; SET arrow_large_buffer_size = true")
         for parts, lines in batches:
             connection.register("lines", lines)
-            rows, bad = connection.sql(ROWS).to_arrow_table(ARROW_ROWS), []
-            if rows.num_rows < lines.num_rows:
-                query = f"SELECT segment, left(event, 60) FROM ({READ}) WHERE NOT is_json"
-                bad = connection.execute(query).fetchall()
+            rows = connection.sql(ROWS).to_arrow_table(ARROW_ROWS)
             connection.unregister("lines")
-            yield Batch(parts, rows, bad)
+            yield Batch(parts, rows)
 
 
 def _batches(folder: Path, known: dict[str, Position]) -> Iterator[tuple[list[Part], pa.Table]]:
@@ -165,7 +160,8 @@ def _store(connection: duckdb.DuckDBPyConnection, batch: Batch, appends_only: bo
     """`appends_only`: with other machines, whose transactions conflict with a deletion but not with an insertion."""
     connection.register("rows", batch.rows)
     columns = "segment, n, " + ", ".join(COLUMNS) + ", user_hash, session, event, private, salt, hash"
-    connection.execute(f"INSERT INTO log.events ({columns}) FROM rows").fetchall()
+    connection.execute(f"INSERT INTO log.events ({columns}) SELECT {columns} FROM rows WHERE is_json").fetchall()
+    bad = connection.execute("SELECT segment, left(event, 60) FROM rows WHERE NOT is_json").fetchall()
     connection.unregister("rows")
     latest = {part.after.segment: part.after for part in batch.parts}
     now = datetime.now(UTC)
@@ -178,7 +174,7 @@ def _store(connection: duckdb.DuckDBPyConnection, batch: Batch, appends_only: bo
         [[p.segment, p.state, p.host, p.pid, p.next_byte, p.n, p.hash, p.torn_bytes, now] for p in latest.values()],
     )
     found = [[part.after.segment, f.offset, f.n, f.fault, f.why, now] for part in batch.parts for f in part.findings]
-    found += [[segment, None, _number_in(text), "damaged", "it is no JSON", now] for segment, text in batch.bad]
+    found += [[segment, None, _number_in(text), "damaged", "it is no JSON", now] for segment, text in bad]
     insert(connection, "log.findings", "segment, byte, n, fault, why, found_at", found)
     _sign(connection, [(p.segment, p.n, p.hash) for p in latest.values() if p.n >= 0])
 

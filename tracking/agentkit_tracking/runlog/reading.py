@@ -129,7 +129,7 @@ def _prepare(log: RunLog, opened: duckdb.DuckDBPyConnection) -> None:
             "INSERT INTO segment_states SELECT unnest(?), unnest(?)",
             [list(latest), [position.state for position in latest.values()]],
         )
-    sources = [f"SELECT {_WHOLE} FROM fresh"]
+    sources = [f"SELECT {_WHOLE} FROM fresh WHERE is_json"]
     if has_events:
         sources.append(f"SELECT {_WHOLE} FROM log.events")
         sources += _archived(opened, log.folder)
