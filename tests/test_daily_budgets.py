@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,13 +158,17 @@ def test_processes_that_are_killed_never_pass_a_limit(either: str, plane: Contro
     """Each worker notes every call it makes in a file before it settles; some are killed at any moment."""
     limit = 400 if SOAK else 120
     code = """
-import sys, os, random
+import sys, os, random, signal
 from agentkit.budget import AMOUNTS, Budget
 from agentkit.errors import BudgetExceeded
 from agentkit_tracking.control import ControlPlane
 free = dict.fromkeys((*AMOUNTS, "seconds"))
 [ledger] = ControlPlane().ledgers("support_triage", None, Budget(**{**free, "tool_calls": float(sys.argv[1])}), None)
+is_victim = sys.argv[2] == "killed"
 print("ready", flush=True)
+sys.stdin.readline()
+if is_victim:  # its own timer, unlike a killer elsewhere, is never too late; nothing of the process runs once it is over
+    signal.setitimer(signal.ITIMER_REAL, random.uniform(0.001, 0.1))
 while True:
     try:
         ledger.reserve(tool_calls=1, usd=0.1)
@@ -172,28 +176,31 @@ while True:
         break
     os.write(1, b".")
     ledger.settle({"tool_calls": 1, "usd": 0.1}, {"tool_calls": 1, "usd": random.random() / 10})
+if is_victim:
+    signal.pause()
 """
     day_of(plane, tool_calls=1.0).used  # noqa: B018  # makes the database
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", code, str(limit)],
+            [sys.executable, "-c", code, str(limit), "killed" if i < 3 else "left alone"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,  # else `readline` takes in what `communicate` then misses
         )
-        for _ in range(6)
+        for i in range(6)
     ]
     for worker in workers:
         assert worker.stdout
         assert worker.stdout.readline() == b"ready\n"
-    for i, worker in enumerate(workers[:3]):
-        time.sleep(0.05 * i)
-        worker.kill()
+    for worker in workers:
+        assert worker.stdin
+        worker.stdin.write(b"go\n")
     calls = 0
     for i, worker in enumerate(workers):
         out, err = worker.communicate(timeout=120)
         calls += out.count(b".")
-        assert worker.returncode == (-9 if i < 3 else 0), err.decode()
+        assert worker.returncode == (-signal.SIGALRM if i < 3 else 0), err.decode()
     used = day_of(plane, tool_calls=1.0).used
     assert calls <= used["tool_calls"] == limit
     assert limit - calls <= 3  # at most one reservation of each that was killed
