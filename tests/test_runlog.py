@@ -24,6 +24,7 @@ from agentkit.current import current_run
 from agentkit.errors import UsageError
 from agentkit.records import RunRecord, Step
 from agentkit_tracking.runlog import LogUnwritable, RunLog, feedback
+from agentkit_tracking.runlog.erasure import erase_user
 
 # A writer that imports neither dspy nor mlflow.
 WRITER = """
@@ -233,6 +234,18 @@ def test_the_steps_view_has_one_row_per_step_in_order(log: RunLog) -> None:
         ("abc", "tool", "pay", None, 0, "UsageError: no"),
     ]
     assert log.sql("SELECT inputs->>'amount' AS a FROM steps WHERE kind = 'tool'").item() == "3"
+
+
+def test_a_run_is_escalated_if_a_person_was_asked_or_it_hands_over(log: RunLog) -> None:
+    log.append(record("asked", steps=[Step("approval", "pay", "AWAITING_HUMAN", 0.1)]))
+    log.append(record("hands over", output={"action": "escalate", "reply": "A colleague will call."}))
+    log.append(record("hidden", user_hash="a" * 16, output={"action": "escalate"}))
+    log.append(record("answers", output={"action": "answer", "reply": "please do not escalate"}))
+    log.append(record("fails", state="FAILED", output=None, error="ModelError: escalate"))
+    erase_user(log, user_hash="a" * 16, why="asked for it", by="Ada")  # what it said is gone, what it came to stays
+    expected = [("answers", False), ("asked", True), ("fails", False), ("hands over", True), ("hidden", True)]
+    for view in ("outcomes", "runs"):
+        assert log.sql(f"SELECT run_id, is_escalated FROM {view} ORDER BY 1").rows() == expected
 
 
 def test_runs_come_newest_first_and_limited(log: RunLog) -> None:

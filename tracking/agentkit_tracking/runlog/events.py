@@ -57,6 +57,7 @@ COLUMNS = {
     "rating": "DOUBLE",
 }
 STEPS = ("transition", "model", "tool", "approval", "decision", "handoff")
+ESCALATED = "escalated"  # result of a run whose output's action is `escalate`
 OTHER = "other"  # stands for a name that may be a person's words; these are private
 # Names as code gives them, and those that agentkit makes of them.
 _NAME = re.compile(r"(?:tier of |agent |edge )?[\w./:-]{1,64}(?: → [\w./:-]{1,64})?|not allowed")
@@ -141,6 +142,7 @@ def ended(record: RunRecord, keep: Callable[[Any], Any]) -> Event:
         started_at=record.started_at,
         seconds=record.seconds,
         error_type=None if record.error is None else _error_type(record.error),
+        result=ESCALATED if isinstance(record.output, dict) and record.output.get("action") == "escalate" else None,
         route=record.route if record.route is None or _NAME.fullmatch(record.route) else OTHER,
         waited_s=record.waited_s,
         model_calls=record.model_calls,

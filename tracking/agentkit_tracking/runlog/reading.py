@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from agentkit_tracking.runlog.database import one, quoted
-from agentkit_tracking.runlog.events import COLUMNS, STEPS
+from agentkit_tracking.runlog.events import COLUMNS, ESCALATED, STEPS
 from agentkit_tracking.runlog.segments import Line, lines, segment_files
 from agentkit_tracking.runlog.unfolded import ROWS, Position, SegmentGone, as_table, parts, positions
 
@@ -23,23 +23,26 @@ _STEPS = ", ".join(quoted(kind) for kind in STEPS)
 _NAMES = ", ".join(COLUMNS)
 _TRIES = 5  # to read while somebody folds into a database that is new, or a lake
 _WHOLE = f"segment, n, {_NAMES}, user_hash, session, event, private, salt, hash"
+# To a person: one was asked, or the run's own answer is to hand over.
+_IS_ESCALATED = f"coalesce(approvals, 0) > 0 OR coalesce(result = {quoted(ESCALATED)}, false) AS is_escalated"
 _VIEWS = (
     # One row an event. `private` is what people wrote; null once it was erased.
     f"CREATE VIEW events AS SELECT segment || '-' || n AS id, segment, n, {_NAMES}, user_hash, session, "
     "private::JSON AS private, hash FROM every_event",
     # One row a finished run.
-    """CREATE VIEW outcomes AS SELECT run_id, parent, system, release, stage, kind, started_at, seconds, state, route,
+    f"""CREATE VIEW outcomes AS SELECT run_id, parent, system, release, stage, kind, started_at, seconds, state, route,
         error_type, waited_s, model_calls, tool_calls, tokens_in, tokens_out, usd, planning_s, execution_s, reflection_s,
-        effects, failed_calls, approvals, refusals, is_degraded, budget_used, user_hash, session, logged_at AS ended_at
+        effects, failed_calls, approvals, refusals, is_degraded, {_IS_ESCALATED}, budget_used, user_hash, session,
+        logged_at AS ended_at
     FROM every_event WHERE type = 'outcome'""",
     # One row a run, those under way (RUNNING) or broken off (INTERRUPTED) included.
-    """CREATE VIEW runs AS SELECT run_id, system, release, kind, started_at, seconds, state, coalesce(private->>'route', route) AS route,
+    f"""CREATE VIEW runs AS SELECT run_id, system, release, kind, started_at, seconds, state, coalesce(private->>'route', route) AS route,
         private->'inputs' AS inputs, private->'output' AS output, private->>'error' AS error,
         coalesce(private->'effects', '[]'::JSON) AS effects,
-        {planning: planning_s, execution: execution_s, reflection: reflection_s} AS phases,
+        {{planning: planning_s, execution: execution_s, reflection: reflection_s}} AS phases,
         waited_s, model_calls, tool_calls, tokens_in, tokens_out, usd, parent, user_hash, session, stage,
         private->>'degraded' AS degraded, private->'partial' AS partial, budget_used, error_type, failed_calls, approvals,
-        refusals
+        refusals, {_IS_ESCALATED}
     FROM every_event WHERE type = 'outcome'
     UNION ALL BY NAME
     SELECT b.run_id, b.system, b.release, b.kind, b.started_at,
