@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +16,8 @@ import agentkit as ak
 from agentkit.callers import Caller
 from agentkit.errors import UsageError
 from agentkit_tracking import keys
+from agentkit_tracking.forwarding.assembly import LoggedFeedback, LoggedRun
+from agentkit_tracking.forwarding.consumer import Consumer, Place
 from agentkit_tracking.runlog import RunLog, feedback
 from agentkit_tracking.runlog.erasure import Erased, erase_user
 from agentkit_tracking.runlog.retention import compact
@@ -282,3 +286,111 @@ def test_old_files_are_brought_over_whole_and_deleted(own_home: Path, caplog: py
     assert left_in_files(log, (b"secret of old",)) == []
     assert segment_files(log.segments)[1:] == []
     assert verify(log).is_whole
+
+
+class Kept:
+    """A target that keeps what it is given, as text."""
+
+    name = address = "kept"
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    def send(self, runs: list[LoggedRun]) -> None:
+        self.given += [str(run) for run in runs]
+
+    def attach(self, feedback: LoggedFeedback, place: Place) -> None:
+        self.given.append(str(feedback))
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_is_being_forwarded_is_not_given_away_after_an_erasure(own_home: Path) -> None:
+    log, target = RunLog(), Kept()
+    write(log, *(run(f"r{i}", ANNA) for i in range(450)))
+    feedback.give(log, "r449", label="rejected", comment="secret of r449")
+    erased: list[int] = []
+
+    def rest(seconds: float) -> None:
+        if not erased:
+            erase_user(log, "anna", why="asked for it")
+            erased.append(len(target.given))
+
+    Consumer(log, target, rest).forward()
+    before, after = target.given[: erased[0]], target.given[erased[0] :]
+    assert 0 < len(before) < 450
+    assert any("secret" in text for text in before)
+    assert {f"r{i}" for i in range(450)} <= {run_id for text in target.given for run_id in re.findall(r"\br\d+\b", text)}
+    assert not [text for text in after if "secret" in text]
+
+
+def test_an_erasure_waits_for_what_is_being_sent(own_home: Path) -> None:
+    log, sending, go_on = RunLog(), threading.Event(), threading.Event()
+    write(log, run("r", ANNA))
+
+    class Slow(Kept):
+        def send(self, runs: list[LoggedRun]) -> None:
+            sending.set()
+            assert go_on.wait(60)
+            super().send(runs)
+
+    target = Slow()
+    forwarding = threading.Thread(target=Consumer(log, target).forward)
+    forwarding.start()
+    assert sending.wait(60)
+    erasing = threading.Thread(target=lambda: erase_user(log, "anna", why="asked for it"))
+    erasing.start()
+    erasing.join(2)
+    assert erasing.is_alive()  # copies are removed after it, so that none is missed
+    go_on.set()
+    forwarding.join(60)
+    erasing.join(60)
+    assert not erasing.is_alive()
+    assert len(target.given) == 1
+
+
+def test_a_step_of_a_run_under_way_that_was_erased_is_not_forwarded_when_it_ends(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTKIT_TRACES", "off")
+    from agentkit_tracking.runlog import own
+
+    target = Kept()
+
+    @ak.tool
+    def look(ref: str) -> str:
+        """Look something up."""
+        return f"secret of {ref}"
+
+    def work(text: str) -> str:
+        look(ref="anna")
+        consumer.forward()  # has read the step by now
+        erase_user(own(), "anna", why="asked for it")
+        return "done"
+
+    consumer = Consumer(own(), target)
+    with ak.acting_for("anna"):
+        ak.adopt(work, name="slow", tools=[look]).run(text="hello")
+    consumer.forward()
+    assert len(target.given) == 1
+    assert "secret" not in target.given[0]
+
+
+def test_traces_are_found_by_their_ids_wherever_they_are(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTKIT_TRACES", "on")
+    system = ak.adopt(lambda text: text.upper(), name="shout")
+    with ak.acting_for("anna"):
+        records = [system.run(text="for anna") for _ in range(2)]
+    from agentkit_tracking import traces
+    from agentkit_tracking.home import connect
+
+    traces.flush()
+    client = connect()
+    experiment = client.get_experiment_by_name("shout")
+    client.rename_experiment(experiment.experiment_id, "whisper")
+    client.delete_trace_tag(traces.trace_id(records[0].run_id), "agentkit.run_id")
+    (own_home / "log" / "consumers" / "otlp-1.json").write_text('{"target": "http://collector:4318/v1/traces"}')
+    done = erase_user(RunLog(), "anna", why="asked for it")
+    assert (done.traces, done.traces_left, done.elsewhere) == (2, "", ("http://collector:4318/v1/traces",))
+    assert client.search_traces(locations=[experiment.experiment_id]) == []

@@ -220,6 +220,12 @@ def erase(
             f"then erase again. They folded last (UTC): {escape(', '.join(done.others))}[/yellow]",
             soft_wrap=True,
         )
+    if done.elsewhere:
+        out.print(
+            f"[yellow]not reached: what was forwarded to {escape(', '.join(done.elsewhere))}. Remove it there; from an MLflow with "
+            "MLFLOW_TRACKING_URI set to it and this command once more[/yellow]",
+            soft_wrap=True,
+        )
     if done.traces_left:
         out.print(f"[yellow]traces may be left: {escape(done.traces_left)}; do it again then[/yellow]", soft_wrap=True)
         raise typer.Exit(CRASH)

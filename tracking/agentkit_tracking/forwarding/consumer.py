@@ -14,6 +14,8 @@ from agentkit_tracking.forwarding.assembly import Assembler, LoggedFeedback, Log
 from agentkit_tracking.forwarding.errors import Rejected, Unavailable
 from agentkit_tracking.forwarding.reading import Reader, fetch_entries, fetch_events, fetch_outcomes
 from agentkit_tracking.forwarding.state import State, StateFile
+from agentkit_tracking.runlog import recall
+from agentkit_tracking.runlog.recall import Recalled
 
 if TYPE_CHECKING:
     from agentkit_tracking.runlog import RunLog
@@ -81,6 +83,7 @@ class Consumer:
         self._begin()
 
     def _begin(self) -> None:
+        self._recalls = recall.count(self.log.folder)
         self.state: State = self.file.load()
         self._reader = Reader(self.log, dict(self.state.marks), everywhere=self.state.everywhere)
         self._assembler = Assembler()
@@ -107,11 +110,14 @@ class Consumer:
         Raises:
             Unavailable: the target did not take it; the position is where it was, and nothing is lost.
         """
-        try:
-            self._forward()
-        except BaseException:
-            self._begin()
-            raise
+        while True:
+            try:
+                return self._forward()
+            except Recalled:  # what was read may hold what is erased by now
+                self._begin()
+            except BaseException:
+                self._begin()
+                raise
 
     def _forward(self) -> None:
         entries, waiting = 0, len(self.state.waiting)
@@ -157,7 +163,8 @@ class Consumer:
     def _send(self, runs: list[LoggedRun]) -> dict[str, Rejected]:
         """Those that were not taken; all others were, whatever stood beside them."""
         try:
-            self.target.send(runs)
+            with recall.giving(self.log.folder, self._recalls):
+                self.target.send(runs)
         except Rejected as e:
             if len(runs) == 1:
                 return {runs[0].record.run_id: e}
@@ -213,7 +220,8 @@ class Consumer:
                 if one.run_id not in self._places:
                     raise Rejected("the run has not ended")
                 if place is not None:
-                    self.target.attach(one, place)
+                    with recall.giving(self.log.folder, self._recalls):
+                        self.target.attach(one, place)
                     self.done.feedback += 1
                 self.state.waiting.pop(one.id, None)
             except Rejected as e:

@@ -152,6 +152,25 @@ def open_database(folder: Path) -> Database:
 
 
 @contextmanager
+def held(path: Path, *, alone: bool, patience: float) -> Iterator[None]:
+    """Hold a file, with others or alone; one that dies lets go.
+
+    Raises:
+        LogBusy: it could not be had for `patience` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _lock_file(path) as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        if not _locked(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH, time.monotonic() + patience):
+            raise LogBusy(f"{path} was in use for {patience:g} s; try again")
+        yield
+
+
+@contextmanager
 def lease(folder: Path, name: str = "fold") -> Iterator[bool]:
     """Whether this process may do the work of that name now; nobody waits, and one that dies lets go."""
     folder.mkdir(parents=True, exist_ok=True)

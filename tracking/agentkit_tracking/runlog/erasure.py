@@ -18,8 +18,9 @@ from agentkit_tracking.runlog import lake_upkeep, reading, upkeep
 from agentkit_tracking.runlog.blanking import HAVE, Named, blank, doom, named, of_runs
 from agentkit_tracking.runlog.database import one, transaction
 from agentkit_tracking.runlog.lake import Lake
+from agentkit_tracking.runlog.recall import recall
 from agentkit_tracking.runlog.segments import ERASED_SALT, Line, segment_files
-from agentkit_tracking.runlog.trace_erasure import delete_traces
+from agentkit_tracking.runlog.trace_erasure import delete_traces, elsewhere
 
 if TYPE_CHECKING:
     import duckdb
@@ -40,6 +41,7 @@ class Erased:
     events: int = 0
     traces: int = 0
     traces_left: str = ""  # why traces could not be removed
+    elsewhere: tuple[str, ...] = ()  # other targets that runs were forwarded to; what they have is not removed
     callers: tuple[str, ...] = ()  # runs of which only outcome and handoffs were taken out
     # Other machines that fold into the same lake, and when they did last: what they had not folded by then was not reached.
     others: tuple[str, ...] = ()
@@ -99,12 +101,13 @@ def erase_user(
                 count += _erase_in_database(log, doomed)
                 progress(3, 5)
             others = _settle(log, pseudonym)
+            recall(log.folder)
             progress(4, 5)
     traces, left = delete_traces(roots)
     progress(5, 5)
     if kept := sorted(log.folder.parent.glob("runs/*.jsonl.brought-over")):
         _log.warning("%s and %d more old files may hold data of anybody; delete them", kept[0], len(kept) - 1)
-    return Erased(doomed.runs, count, traces, left, doomed.callers, others)
+    return Erased(doomed.runs, count, traces, left, elsewhere(log.folder), doomed.callers, others)
 
 
 def _pseudonym(user: str | None, user_hash: str | None) -> str:
@@ -120,15 +123,15 @@ def _pseudonym(user: str | None, user_hash: str | None) -> str:
     return found
 
 
-def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Named, list[tuple[str, str]]]:
+def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Named, list[str]]:
     """The runs that have something to take out: the user's, those they called, their callers, and those of erasures before.
 
-    With them, system and id of the runs at the top that they belong to: these have the traces.
+    With them the runs at the top that they belong to: these have the traces.
     """
     told = connection.execute("SELECT event FROM every_event WHERE type = 'erasure'").fetchall()
     before = [erasure for (event,) in told if (erasure := named(event)) is not None]
     doom(connection, Named(tuple(run for erasure in before for run in erasure.runs)))
-    connection.execute("CREATE TEMP TABLE parents AS SELECT DISTINCT run_id, parent, system FROM every_event "
+    connection.execute("CREATE TEMP TABLE parents AS SELECT DISTINCT run_id, parent FROM every_event "
                        "WHERE run_id IS NOT NULL AND type IN ('run', 'outcome')")  # fmt: skip
     connection.execute(
         "INSERT INTO doomed WITH RECURSIVE below AS (SELECT DISTINCT run_id FROM every_event WHERE user_hash = ? AND run_id "
@@ -149,11 +152,13 @@ def _doomed(connection: duckdb.DuckDBPyConnection, pseudonym: str) -> tuple[Name
         f"WHERE {HAVE} GROUP BY 1 ORDER BY 1"
     ).fetchall()
     roots = connection.execute(
-        "WITH RECURSIVE above AS (SELECT run_id, parent, system FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
-        "UNION SELECT p.run_id, p.parent, p.system FROM parents p JOIN above a ON p.run_id = a.parent) "
-        "SELECT DISTINCT system, run_id FROM above WHERE parent IS NULL ORDER BY ALL"
+        "WITH RECURSIVE above AS (SELECT run_id, parent FROM parents WHERE run_id IN (SELECT run_id FROM doomed) "
+        "UNION SELECT p.run_id, p.parent FROM parents p JOIN above a ON p.run_id = a.parent) "
+        "SELECT DISTINCT run_id FROM above WHERE parent IS NULL ORDER BY ALL"
     ).fetchall()
-    return Named(tuple(run for run, whole in rows if whole), tuple(run for run, whole in rows if not whole)), roots
+    return Named(tuple(run for run, whole in rows if whole), tuple(run for run, whole in rows if not whole)), [
+        run_id for (run_id,) in roots
+    ]
 
 
 def announce(log: RunLog, doomed: Named, why: str, by: str) -> None:

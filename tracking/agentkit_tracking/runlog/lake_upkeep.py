@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from agentkit_tracking.runlog.blanking import HAVE, Named, blank, blank_stretches, doom, named, of_runs
 from agentkit_tracking.runlog.database import one, quoted, transaction
 from agentkit_tracking.runlog.lake import CATALOGUE, Lake, keep_texts_out
+from agentkit_tracking.runlog.recall import recall
 from agentkit_tracking.runlog.segments import SUFFIX, segment_files
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def catch_up(lake: Lake, segments: Path, connection: duckdb.DuckDBPyConnection) 
         for path in segment_files(segments):
             blank(path, chosen)
     blank_stretches(segments, pruned)
+    recall(lake.folder)
     (lake.folder / _DONE).write_text(state)
 
 
