@@ -129,6 +129,9 @@ def _parsed(batches: Iterator[tuple[list[Part], pa.Table]]) -> Iterator[Batch]:
             connection.register("lines", lines)
             rows = connection.sql(ROWS).to_arrow_table(ARROW_ROWS)
             connection.unregister("lines")
+            for part in parts:
+                part.content = b""  # rows are copies; what was read need not wait until they are stored
+            del lines
             yield Batch(parts, rows)
 
 
