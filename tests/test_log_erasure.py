@@ -11,10 +11,12 @@ from pathlib import Path
 import orjson
 import pytest
 from log_files import as_made_once, in_process, run, write
+from typer.testing import CliRunner
 
 import agentkit as ak
 from agentkit.callers import Caller
 from agentkit.errors import UsageError
+from agentkit_pipelines.cli import app
 from agentkit_tracking import keys
 from agentkit_tracking.forwarding.assembly import LoggedFeedback, LoggedRun
 from agentkit_tracking.forwarding.consumer import Consumer, Place
@@ -394,3 +396,14 @@ def test_traces_are_found_by_their_ids_wherever_they_are(own_home: Path, monkeyp
     done = erase_user(RunLog(), "anna", why="asked for it")
     assert (done.traces, done.traces_left, done.elsewhere) == (2, "", ("http://collector:4318/v1/traces",))
     assert client.search_traces(locations=[experiment.experiment_id]) == []
+
+
+def test_the_command_says_what_it_did_not_find_and_what_it_does_not_reach(log: RunLog) -> None:
+    (log.folder / "consumers").mkdir()
+    (log.folder / "consumers" / "mlflow-1.json").write_text('{"target": "http://elsewhere:5000"}')
+    done = CliRunner().invoke(app, ["log", "erase", "Anna", "--why", "asked", "--yes"])
+    assert (done.exit_code, "0 events of 0 runs" in done.output) == (0, True)
+    assert "nothing in the log was this user's" in done.output
+    done = CliRunner().invoke(app, ["log", "erase", "anna", "--why", "asked", "--yes"])
+    assert "nothing in the log" not in done.output
+    assert "not reached: what was forwarded to http://elsewhere:5000" in done.output
