@@ -9,17 +9,25 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
+import pyarrow.parquet as pq
 import pytest
+from forwarded import Kept
 from log_files import ago, change, in_process, run, write
 from typer.testing import CliRunner
 
 from agentkit.callers import Caller
+from agentkit.errors import UsageError
 from agentkit_pipelines.cli import app
 from agentkit_tracking import keys
-from agentkit_tracking.runlog import RunLog
+from agentkit_tracking.forwarding.consumer import Consumer
+from agentkit_tracking.runlog import RunLog, retention
+from agentkit_tracking.runlog.exporting import export
+from agentkit_tracking.runlog.following import Follower
+from agentkit_tracking.runlog.reading import LogUnreadable
 
 
 @pytest.fixture
@@ -76,6 +84,15 @@ def test_the_last_events_are_shown_and_nothing_in_them_acts_on_the_terminal(log:
     events = [json.loads(line) for line in said("tail", "-n", "2", "--json").splitlines()]
     assert [(e["type"], e["run_id"]) for e in events] == [("transition", "r2"), ("outcome", "r2")]
     assert events[1]["private"]["error"].startswith("ToolFailed: [red]")
+
+
+def test_times_of_shown_and_of_followed_events_are_of_one_form(log: RunLog) -> None:
+    with Follower(log) as follower:
+        write(log, run("new"))
+        followed = follower.new()[-1]
+    shown = json.loads(said("tail", "-n", "1", "--json"))
+    names = ("id", "logged_at", "started_at")
+    assert [shown[name] for name in names] == [followed[name] for name in names]
 
 
 def test_new_events_of_other_processes_are_followed_each_once(log: RunLog) -> None:
@@ -139,6 +156,100 @@ def test_an_export_that_fails_leaves_nothing(log: RunLog, tmp_path: Path) -> Non
     assert told.startswith("UsageError")
     assert "cannot be written" in told
     assert [p.name for p in tmp_path.iterdir() if p.name != "home"] == []
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "no"), OSError(30, "Read-only file system")])
+def test_why_an_export_fails_is_said_also_if_what_it_began_cannot_be_removed(
+    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    for name in ("link", "unlink"):  # as on a disk that became read-only
+        monkeypatch.setattr(os, name, refuse)
+    with pytest.raises(UsageError, match=f"runs.csv cannot be written: .*{error.strerror}"):
+        export(log, "runs", tmp_path / "runs.csv")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def overwrite(file: Path) -> None:
+    file.write_bytes(b"PAR1 nothing PAR1")
+
+
+def spoil(file: Path) -> None:
+    """Its figures can be read, and its texts cannot: that shows when a query comes upon them."""
+    group = pq.ParquetFile(file).metadata.row_group(0)
+    column = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "private")
+    start, size = column.dictionary_page_offset or column.data_page_offset, column.total_compressed_size
+    content = file.read_bytes()
+    file.write_bytes(content[:start] + b"\xff" * size + content[start + size :])
+
+
+def rename_column(file: Path) -> None:
+    """The footer names another column: DuckDB finds no `salt`."""
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"salt", b"sold"))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, cut, overwrite, spoil, rename_column])
+def test_a_damaged_archive_is_named_by_whatever_comes_upon_it(
+    log: RunLog, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    log.close()
+    said("compact", "--older-than", "3")
+    [file] = log.folder.glob("archive/*/*.parquet")
+    damage(file)
+    for command in (
+        ["log", "query", "SELECT * FROM events"],
+        ["log", "tail"], ["log", "export", str(tmp_path / "events.parquet"), "--view", "events"],
+        ["log", "erase", "anna", "--why", "asked", "--yes"],
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, command)
+        assert isinstance(done.exception, LogUnreadable), (command, done.output, done.exception)
+        told = str(done.exception)
+        assert f"archives in {log.folder} are not as they were written: {file.relative_to(log.folder)}: its " in told
+        assert "Run `agentkit log verify`, and restore them from a backup" in told
+        assert told.isprintable()
+    with pytest.raises(LogUnreadable):
+        Consumer(log, Kept()).forward()
+    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
+
+
+def test_a_damaged_archive_is_not_pruned(log: RunLog) -> None:
+    log.close()
+    said("compact", "--older-than", "3")
+    [file] = log.folder.glob("archive/*/*.parquet")
+    cut(file)
+    done = CliRunner().invoke(app, ["log", "prune", "--older-than", "3", "--yes"])
+    assert isinstance(done.exception, LogUnreadable), done.output
+    assert file.exists()
+
+
+def test_of_many_damaged_archives_three_are_named_and_the_others_counted(own_home: Path) -> None:
+    log = RunLog()
+    for days in range(9, 3, -1):
+        write(log, run(f"r{days}"), days=days)
+    log.close()
+    retention.compact(log, 2)
+    whole, *damaged = sorted(log.folder.glob("archive/*/*.parquet"))
+    for file in damaged:
+        file.unlink()
+    with pytest.raises(LogUnreadable) as caught:
+        log.runs()
+    assert [str(file.relative_to(log.folder)) in str(caught.value) for file in (whole, *damaged)] == [False, True, True, True, False, False]  # fmt: skip
+    assert "; and 2 more. Run" in str(caught.value)
+
+
+def test_what_a_damaged_archive_does_not_touch_is_answered(log: RunLog) -> None:
+    said("compact", "--older-than", "3")
+    spoil(*log.folder.glob("archive/*/*.parquet"))
+    for wrong in ("SELECT nothing FROM runs", "SELECT * FROM nothing", "SELEC"):
+        with pytest.raises(UsageError, match="the run log cannot answer this query"):
+            log.sql(wrong)
+    assert log.sql("SELECT sum(usd) FROM outcomes").item() == 1.5
 
 
 def test_status_says_what_is_folded_and_who_has_the_database(log: RunLog) -> None:

@@ -323,7 +323,9 @@ def test_what_is_being_forwarded_is_not_given_away_after_an_erasure(own_home: Pa
     before, after = target.given[: erased[0]], target.given[erased[0] :]
     assert 0 < len(before) < 450
     assert any("secret" in text for text in before)
-    assert {f"r{i}" for i in range(450)} <= {run_id for text in target.given for run_id in re.findall(r"\br\d+\b", text)}
+    assert {f"r{i}" for i in range(450)} <= {
+        run_id for text in target.given for run_id in re.findall(r"\br\d+\b", text)
+    }
     assert not [text for text in after if "secret" in text]
 
 

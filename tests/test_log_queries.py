@@ -218,6 +218,44 @@ def test_sums_are_numbers(log: RunLog) -> None:
     assert [cell.strip() for cell in said("query", query).splitlines()[3].split("│")[1:-1]] == ["15", "1.5", "12345678", "true"]  # fmt: skip
 
 
+def cells(*arguments: str) -> list[str]:
+    """The first row of the table that the command prints."""
+    return [cell.strip() for cell in said(*arguments).splitlines()[3].split("│")[1:-1]]
+
+
+def test_figures_are_shown_with_all_their_digits(log: RunLog) -> None:
+    query = (
+        "SELECT 1234567.89::DOUBLE AS a, 9000001.107::DOUBLE AS b, 0.1::DOUBLE + 0.2::DOUBLE AS c, 500.0::DOUBLE AS d, "
+        "0.000003::DOUBLE AS e, 123456789012345678901234567.8900::DECIMAL(38, 4) AS f, 1200::DECIMAL(9, 2) AS g"
+    )
+    assert cells("query", query) == ["1234567.89", "9000001.107", "0.3", "500", "3e-06", "123456789012345678901234567.89", "1200"]  # fmt: skip
+    assert cells("query", f"SELECT {2**127 - 1}::HUGEINT AS h, NULL::HUGEINT AS n") == [str(2**127 - 1), "null"]
+
+
+def test_json_lines_are_json(log: RunLog) -> None:
+    query = (
+        "SELECT 'nan'::DOUBLE AS nan, ['inf'::DOUBLE, 1.5] AS list, {'low': '-inf'::DOUBLE, 'sum': 2::DECIMAL(9, 2)} AS struct, "
+        f"{2**127 - 1}::HUGEINT AS huge, NULL::HUGEINT AS none, TIMESTAMPTZ '2026-11-20 10:00:00+00' AS time, DATE '2026-11-20' AS day"
+    )
+
+    def refused(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    assert json.loads(said("query", query, "--json"), parse_constant=refused) == {
+        "nan": None, "list": [None, 1.5], "struct": {"low": None, "sum": 2}, "huge": 2**127 - 1, "none": None,
+        "time": "2026-11-20T10:00:00+00:00", "day": "2026-11-20",
+    }  # fmt: skip
+
+
+def test_of_many_rows_the_first_are_shown_and_how_to_get_the_others(log: RunLog) -> None:
+    many = "SELECT range AS number FROM range(1_001)"
+    *_, last_row, _, end = said("query", many).splitlines()
+    assert last_row.split() == ["│", "999", "│"]
+    assert end.startswith("the first 1,000 of 1,001 rows; --json gives all")
+    assert "rows;" not in said("query", f"{many} LIMIT 1_000")
+    assert len(said("query", many, "--json").splitlines()) == 1_001
+
+
 def test_rows_wider_than_the_terminal_are_blocks(log: RunLog) -> None:
     shown = said("query", "SELECT * FROM runs ORDER BY run_id")
     assert [line.strip() for line in shown.splitlines() if line.startswith("row ")] == ["row 1", "row 2", "row 3"]

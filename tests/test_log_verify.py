@@ -125,6 +125,24 @@ def test_a_killed_writer_is_a_remark_not_a_fault(log: RunLog) -> None:
     assert report.remarks == ["1 segments ended without being closed (killed), 1 of them within an event"]
 
 
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_segment_that_is_cut_before_any_fold_is_a_remark(log: RunLog, killed: bool) -> None:
+    """Its end may as well never have been written: the remark is all there is to say."""
+    write(log, run("whole"))
+    log.close()
+    assert verify(log).remarks == ["6 events are not folded yet, and so not signed"]
+    write(log, run("r1"), run("r2"))
+    assert len(verify(log).remarks) == 1, "its process lives"
+    log.close()
+    cut = max(log.segments.iterdir())
+    edit_file(cut, lambda rows: rows.__delitem__(slice(-1 if killed else -4, None)))
+    report = verify(log)
+    assert report.is_whole
+    assert report.remarks[1].startswith("1 segments that are not folded to their end do not end in `closed`")
+    log.fold()
+    assert verify(log).remarks == ["1 segments ended without being closed (killed), 0 of them within an event"]
+
+
 def test_what_no_key_signed_is_a_remark_and_with_strict_a_fault(own_home: Path) -> None:
     log = RunLog()
     write_away(log, "database")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +25,7 @@ log_app = typer.Typer(
 )
 READ, KEEP = "Read", "Keep"
 _MANY = 1_000_000
+_SHOWN = 1_000  # rows of an answer in a terminal
 _RECENT = (
     "SELECT started_at, system, left(release, 12) AS release, kind, route, state, round(seconds, 3) AS seconds, usd, run_id "
     "FROM runs ORDER BY started_at DESC LIMIT {limit}"
@@ -50,29 +52,51 @@ def query(
     A run's figures include those of the runs it called: sum over `parent IS NULL`. `outcomes` has finished runs only
     and no text, so it is the fast one for figures; `runs` also has inputs, outputs and runs under way.
 
-    It reads, and nothing else. Rows that are too wide for the terminal are shown as blocks, a value a line.
+    It reads, and nothing else. Of an answer the first 1,000 rows are shown, with --json all. Rows that are too wide for the terminal are shown as blocks, a value a line.
 
     Days: `WHERE started_at > now() - INTERVAL 7 DAY`. Text: `inputs->>'ticket'`.
     """
     frame = _asked(sql)
     if as_json:
         for named in frame.iter_rows(named=True):
-            print(json.dumps(named, ensure_ascii=False, default=_plain))
-    else:
-        _print_table(frame, may_be_blocks=True)
+            print(json.dumps(_plain(named), ensure_ascii=False))
+        return
+    _print_table(frame.head(_SHOWN), may_be_blocks=True)
+    if frame.height > _SHOWN:
+        terminal.console().print(
+            f"[yellow]the first {_SHOWN:,} of {frame.height:,} rows; --json gives all, `agentkit log export` a whole view "
+            "as a file[/yellow]",
+            soft_wrap=True,
+        )
 
 
 def _asked(sql: str) -> pl.DataFrame:
+    import polars as pl
+
     from agentkit_tracking.runlog import RunLog
 
-    return RunLog().sql(sql)
+    frame = RunLog().sql(sql)
+    # Polars rounds decimals to 38 digits when it hands them over; a HUGEINT, as sums of whole numbers are, may have 39.
+    decimals = [column for column in frame if column.dtype.is_decimal()]
+    return frame.with_columns(
+        pl.Series(column.name, [text and Decimal(text) for text in column.cast(pl.String)], pl.Object)
+        for column in decimals
+    )
 
 
 def _plain(value: Any) -> Any:
-    """A value for JSON: decimals, which sums of whole numbers are, as numbers, what JSON has no word for as text."""
+    """A value as JSON has it: decimals as numbers, NaN and infinity as null, times as ISO 8601, what else there is as text."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
-    return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 def _print_table(frame: pl.DataFrame, *, may_be_blocks: bool = False) -> None:
@@ -100,12 +124,13 @@ def _print_table(frame: pl.DataFrame, *, may_be_blocks: bool = False) -> None:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Decimal):
-        value = _plain(value)
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, Decimal):
+        text = f"{value:f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.15g}"  # as many digits as every float has: 0.1 + 0.2 is 0.3
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     from agentkit_tracking.control.card import visible
@@ -146,16 +171,16 @@ def _last(log: Any, n: int) -> list[dict[str, Any]]:
     )
     found = []
     for row in reversed(rows.to_dicts()):
-        event = {name: value for name, value in row.items() if value is not None}
+        event = {name: _plain(value) for name, value in row.items() if value is not None}
         event["private"] = json.loads(event["private"]) if "private" in event else None
-        event["logged_at"] = event["logged_at"].isoformat()
+        event["logged_at"] = row["logged_at"].isoformat(timespec="microseconds")  # as it was written
         found.append(event)
     return found
 
 
 def _print(event: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(event, ensure_ascii=False, default=str), flush=True)
+        print(json.dumps(event, ensure_ascii=False), flush=True)
         return
     color = {"outcome": "bold", "feedback": "cyan", "approval": "yellow", "segment": "dim", "erasure": "magenta"}
     style = "red" if event.get("error_type") else color.get(event["type"])

@@ -165,14 +165,24 @@ def prune(
     ],
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
 ) -> None:
-    """Remove past days for good. It is signed which events went, so that `verify` knows the gap; `compact` only moves them."""
-    from agentkit_tracking.runlog import RunLog, retention
-    from agentkit_tracking.runlog.upkeep import before
+    """Remove past days for good. It is signed which events went, so that `verify` knows the gap; `compact` only moves them.
 
+    Says where runs that go were to be forwarded and are not yet.
+    """
+    from agentkit_tracking.runlog import RunLog, retention
+    from agentkit_tracking.runlog.upkeep import before, unforwarded
+
+    log = RunLog()
+    for consumer, runs in unforwarded(log, before(older_than)).items():
+        terminal.console().print(
+            f"[yellow]! {consumer} has not got {runs} of the runs that go, and never will once they are gone; first "
+            f"`agentkit forward {consumer.partition('-')[0]}`[/yellow]",
+            soft_wrap=True,
+        )
     if not yes:
         typer.confirm(f"Remove everything logged before {before(older_than)} (UTC) for good?", abort=True, err=True)
     with terminal.progress("pruning") as progress:
-        done = retention.prune(RunLog(), older_than, progress=progress)
+        done = retention.prune(log, older_than, progress=progress)
     terminal.console().print(f"{_days(done)} are gone; {done.freed_bytes / 1e6:.1f} MB are free")
 
 
@@ -214,6 +224,8 @@ def erase(
         f"private parts of {done.events} events of {len(done.runs)} runs{callers}, and {done.traces} traces, are gone",
         soft_wrap=True,
     )
+    if not done.runs:
+        out.print("nothing in the log was this user's: runs are found by what `acting_for` was given, letter by letter")
     if done.others:
         out.print(
             "[yellow]not reached: what other machines had not folded yet. Their segments lose the rest with their next fold; "

@@ -172,8 +172,18 @@ def held(path: Path, *, alone: bool, patience: float) -> Iterator[None]:
 
 @contextmanager
 def lease(folder: Path, name: str = "fold") -> Iterator[bool]:
-    """Whether this process may do the work of that name now; nobody waits, and one that dies lets go."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Whether this process may do the work of that name now; nobody waits, and one that dies lets go.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(
+            f"{folder} cannot be made as a folder ({e.strerror}); move away what is in its place, or make the folder above "
+            "it writable"
+        ) from e
     with _lock_file(folder / f"{name}.lock") as file:
         try:
             import fcntl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -55,5 +56,6 @@ def export(log: RunLog, view: View, file: Path, *, force: bool = False) -> int:
     except (OSError, duckdb.IOException) as e:
         raise UsageError(f"{file} cannot be written: {str(e).splitlines()[0]}") from e
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written says more than what could not be removed
+            scratch.unlink()
     return count

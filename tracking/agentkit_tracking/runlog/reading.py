@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import orjson
 
+from agentkit.errors import AgentkitError, UsageError
+from agentkit_tracking.runlog import stored
 from agentkit_tracking.runlog.database import one, quoted
 from agentkit_tracking.runlog.events import COLUMNS, ESCALATED, STEPS
 from agentkit_tracking.runlog.segments import Line, lines, segment_files
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _STEPS = ", ".join(quoted(kind) for kind in STEPS)
 _NAMES = ", ".join(COLUMNS)
+_SAID = 3  # damaged archives in one message
 _TRIES = 5  # to read while somebody folds into a database that is new, or a lake
 _WHOLE = f"segment, n, {_NAMES}, user_hash, session, event, private, salt, hash"
 # To a person: one was asked, or the run's own answer is to hand over.
@@ -67,9 +70,62 @@ _VIEWS = (
 )
 
 
+class LogUnreadable(AgentkitError):
+    """An archive of the run log is missing or damaged; what lies elsewhere is intact."""
+
+
 @contextmanager
 def connection(log: RunLog) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A connection with all views."""
+    """A connection with all views.
+
+    Raises:
+        LogBusy: another program keeps the database locked.
+        LogUnreadable: an archive cannot be read. That may show only when a query comes upon the damaged place.
+    """
+    import duckdb
+
+    of_query = (duckdb.ParserException, duckdb.CatalogException, duckdb.BinderException)  # before anything is read
+    is_ready = False
+    try:
+        with _opened(log) as opened:
+            is_ready = True
+            yield opened
+    except Exception as e:
+        cause = e.__cause__ if isinstance(e, UsageError) else e  # `RunLog.sql` says what its query did wrong
+        # A message that quotes damaged bytes may be no text.
+        is_of_reading = isinstance(cause, duckdb.Error | UnicodeDecodeError)
+        if cause is not None and is_of_reading and not (is_ready and isinstance(cause, of_query)):
+            check_archives(log, cause)
+        raise
+
+
+def check_archives(log: RunLog, cause: BaseException) -> None:
+    """Say which archives are not as they were written, if any.
+
+    Raises:
+        LogUnreadable: some are not.
+    """
+    import duckdb
+
+    from agentkit_tracking.control.card import visible
+
+    if log.database.is_shared:
+        return  # a lake has none
+    faults: list[stored.Fault] = []
+    with suppress(duckdb.Error, UnicodeDecodeError), log.database.reading() as opened:
+        if opened is not None:
+            stored.open_kept(opened, log.folder, faults)
+    if found := {fault.where: fault.what for fault in faults}:  # of each the last, which says the most
+        some = "; ".join(f"{file}: {visible(what[:200])}" for file, what in list(found.items())[:_SAID])
+        more = f"; and {len(found) - _SAID} more" if len(found) > _SAID else ""
+        raise LogUnreadable(
+            f"archives in {log.folder} are not as they were written: {some}{more}. Run `agentkit log verify`, and restore "
+            "them from a backup"
+        ) from cause
+
+
+@contextmanager
+def _opened(log: RunLog) -> Iterator[duckdb.DuckDBPyConnection]:
     import duckdb
 
     for tried in range(1, _TRIES + 1):

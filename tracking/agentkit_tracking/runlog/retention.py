@@ -12,7 +12,7 @@ from datetime import date
 from typing import TYPE_CHECKING
 
 from agentkit.errors import UsageError
-from agentkit_tracking.runlog import lake_upkeep, upkeep
+from agentkit_tracking.runlog import lake_upkeep, reading, upkeep
 from agentkit_tracking.runlog.blanking import blank_stretches
 from agentkit_tracking.runlog.database import LogBusy, insert, one, transaction
 from agentkit_tracking.runlog.lake import Lake
@@ -90,8 +90,11 @@ def prune(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upke
 
     Raises:
         LogBusy: folds or readers hold the log all the time.
+        LogUnreadable: an archive that is to go is damaged; nothing is removed.
         UsageError: the number of days is negative, or there is no key to sign with.
     """
+    import duckdb
+
     from agentkit_tracking import keys
 
     first = _first_kept(older_than_days)
@@ -111,8 +114,12 @@ def prune(log: RunLog, older_than_days: int, *, progress: upkeep.Progress = upke
             with transaction(connection):
                 days, events = _remove(connection, log, files, first, key)
 
-        with log.database.writing(_PATIENCE_S) as connection:
-            log.database.retrying(lambda: remove(connection))
+        try:
+            with log.database.writing(_PATIENCE_S) as connection:
+                log.database.retrying(lambda: remove(connection))
+        except (duckdb.Error, UnicodeDecodeError) as e:
+            reading.check_archives(log, e)
+            raise
         _blank_in_files(log)
         size = 0
         for done, file in enumerate(files, 1):

@@ -118,7 +118,7 @@ def _is_whole(
     faults.append(Fault("archive", None, None, file, "the file is not the one that was archived (another SHA-256)"))
     try:
         connection.execute(f"SELECT bit_xor(hash({WHOLE})) FROM {parquet(folder, [file])}").fetchall()
-    except duckdb.Error as e:
+    except (duckdb.Error, UnicodeDecodeError) as e:  # a message that quotes damaged bytes may be no text
         faults.append(Fault("archive", None, None, file, f"its events cannot be read: {str(e).splitlines()[0]}"))
         return False
     return True

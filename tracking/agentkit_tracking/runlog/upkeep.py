@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from agentkit_tracking.runlog.database import LogBusy, lease, one, quoted, transaction
 from agentkit_tracking.runlog.events import COLUMNS
+from agentkit_tracking.runlog.unfolded import positions
 
 if TYPE_CHECKING:
     import duckdb
@@ -75,6 +77,39 @@ def fold_all(log: RunLog, patience: float = _PATIENCE_S) -> None:
 def before(older_than_days: int) -> date:
     """The first day (UTC) that is kept when whole days older than so many days go; today always is."""
     return datetime.now(UTC).date() - timedelta(days=older_than_days)
+
+
+def unforwarded(log: RunLog, first: date) -> dict[str, int]:
+    """Consumers of the log that have not read all that was logged before this day, with the number of runs that they miss.
+
+    Raises:
+        LogBusy: another program keeps the database locked.
+    """
+    from agentkit.runs import REHEARSALS
+    from agentkit_tracking.forwarding.state import StateFile
+    from agentkit_tracking.runlog import reading
+
+    files = sorted(path for path in (log.folder / "consumers").glob("*.json") if not path.name.startswith("."))
+    if not files:
+        return {}
+    with log.database.reading() as connection:
+        known = positions(connection) if connection is not None and log.database.is_shared else {}
+    others = [segment for segment, position in known.items() if position.host != socket.gethostname()]
+    found = {}
+    with reading.connection(log) as connection:
+        for path in files:
+            state = StateFile(log.folder, path.stem, "").load()
+            marks = {segment: mark.n for segment, mark in state.marks.items()}
+            unread = connection.execute(
+                "SELECT count(*) FROM every_event e LEFT JOIN (SELECT unnest(?::VARCHAR[]) AS segment, unnest(?::BIGINT[]) AS n) m "
+                "ON m.segment = e.segment WHERE e.type = 'outcome' AND e.n > coalesce(m.n, -1) "
+                "AND NOT list_contains(?::VARCHAR[], coalesce(e.kind, '')) AND NOT list_contains(?::VARCHAR[], e.segment) "
+                f"AND e.logged_at < TIMESTAMPTZ '{first} 00:00:00+00'",
+                [list(marks), list(marks.values()), list(REHEARSALS), [] if state.everywhere else others],
+            )
+            if runs := int(one(unread)):
+                found[path.stem] = runs
+    return found
 
 
 def new_archive(log: RunLog, day: date) -> str:

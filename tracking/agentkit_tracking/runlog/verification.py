@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from agentkit_tracking.runlog.files import File, Of, check_file
 from agentkit_tracking.runlog.segments import SUFFIX, segment_files
 from agentkit_tracking.runlog.status import ended_twice
 from agentkit_tracking.runlog.stored import Fault, Stored, missing
-from agentkit_tracking.runlog.unfolded import Position, positions
+from agentkit_tracking.runlog.unfolded import Position, SegmentGone, parts, positions
 from agentkit_tracking.runlog.upkeep import Progress, alone, quiet, unknown_archives
 
 if TYPE_CHECKING:
@@ -67,13 +68,20 @@ def verify(log: RunLog, *, strict: bool = False, checkpoint: str | None = None, 
     with alone(log), log.database.reading() as connection:
         known = {} if connection is None else positions(connection)
         paths = segment_files(log.segments)
-        files = [_checked(path, known.get(path.stem) or Position(path.stem)) for path in paths]
+        starts = {path: known.get(path.stem) or Position(path.stem) for path in paths}
+        broken_off = sum(_is_broken_off(path, position) for path, position in starts.items())
+        files = [_checked(path, position) for path, position in starts.items()]
         _check_folders(connection, log, paths, report)
         if connection is not None:
             _check_stored(connection, log, known, files, trust, strict, report, progress)
         elif wanted is not None:
             report.faults.append(Fault("heads", None, None, "database", "there is no database, but a checkpoint"))
         _check_files(files, report)
+        if broken_off:
+            report.remarks.append(
+                f"{broken_off} segments that are not folded to their end do not end in `closed`: their processes were killed, or "
+                "they were cut off"
+            )
         if connection is None:
             _check_erased(files, report)
         if wanted is not None and connection is not None:
@@ -88,6 +96,16 @@ def _checked(path: Path, position: Position) -> File:
     except OSError as e:
         what = f"the file cannot be read: {e.strerror}"
         return File(path.stem, faults=[Fault(path.stem, None, None, path.name, what)])
+
+
+def _is_broken_off(path: Path, position: Position) -> bool:
+    """Whether nobody writes to a segment any more, no fold has said how it ended, and its last event is not that it was closed."""
+    if position.state != "open":
+        return False
+    with suppress(OSError, SegmentGone):  # `_checked` says what is wrong with it
+        for part in parts(path, position, check=False):
+            position = part.after
+    return position.state == "ended" and not position.torn_bytes  # those that end within an event are named
 
 
 def _check_folders(
