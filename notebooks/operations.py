@@ -73,8 +73,17 @@ def _(refresh):
 @app.cell(hide_code=True)
 def _(found):
     # Made anew only when there are other systems or stages: what is chosen stays while the log grows.
-    system = mo.ui.dropdown(options=["all", *found["system"].unique().sort()], value="all", label="System")
-    stage = mo.ui.dropdown(options=["all", *found["stage"].drop_nulls().unique().sort()], value="all", label="Stage")
+    # No name has a space, so none is like the option for all of them.
+    system = mo.ui.dropdown(
+        options={**{name: name for name in found["system"].unique().sort()}, "all systems": None},
+        value="all systems",
+        label="System",
+    )
+    stage = mo.ui.dropdown(
+        options={**{name: name for name in found["stage"].drop_nulls().unique().sort()}, "all stages": None},
+        value="all stages",
+        label="Stage",
+    )
     window = mo.ui.dropdown(options=list(WINDOWS), value="30 days", label="Time")
     rehearsals = mo.ui.checkbox(label="also evaluations")
     return rehearsals, stage, system, window
@@ -89,17 +98,16 @@ def named(system, release, *, whole=False):
 
 @app.cell(hide_code=True)
 def _(found, system):
-    _rows = found if system.value == "all" else found.filter(pl.col("system") == system.value)
+    _rows = found if system.value is None else found.filter(pl.col("system") == system.value)
     _versions = _rows.group_by("system", "release").agg(pl.col("last").max()).sort("last", descending=True)
     version = mo.ui.dropdown(
         options={
-            "all": None,
+            "all versions": None,
             **{
-                named(s, r, whole=system.value == "all"): (s, r)
-                for s, r in _versions.select("system", "release").rows()
+                named(s, r, whole=system.value is None): (s, r) for s, r in _versions.select("system", "release").rows()
             },
         },
-        value="all",
+        value="all versions",
         label="Version",
     )
     return (version,)
@@ -116,11 +124,11 @@ def _(refresh, rehearsals, stage, system, version, window):
     refresh.value
     _until = datetime.now(UTC)
     _days = WINDOWS[window.value]
-    _of, _release = version.value or (None if system.value == "all" else system.value, None)
+    _of, _release = version.value or (system.value, None)
     chosen = operations.Filter(
         system=_of,
         release=_release,
-        stage=None if stage.value == "all" else stage.value,
+        stage=stage.value,
         since=None if _days is None else _until - timedelta(days=_days),
         until=None if _days is None else _until,
         rehearsals=rehearsals.value,
@@ -390,9 +398,10 @@ def _(page):
         [
             mo.md(
                 "## Does it work\n\n**Success**: the run ended with a valid result. **Failure**: it ended in an error. "
-                "**Refusal**: a policy, a limit or a stop ended it, as it should. **Recovery**: of the runs in which a call "
-                "failed, those that succeeded all the same. **Escalation**: a person was asked, or somebody said that it "
-                "had to be escalated."
+                "**Refusal**: a policy, a limit or a stop ended it, as it should; refusals are shown apart, and are no "
+                "failures here (the monitor's measure `failure` counts both). **Recovery**: of the runs in which a call "
+                "failed, those that succeeded all the same. **Escalation**, as the monitor counts it: a person was asked, or the output's "
+                "`action` is `escalate` (which is not known of runs that earlier versions logged)."
             ),
             beside(
                 _chart({"success": GREEN}, "Success", zero=False),
@@ -624,10 +633,11 @@ def _(page):
     mo.vstack(
         [
             mo.md(
-                "## Did it help\n\n**Completion** stands in where no label exists: the run succeeded by itself, and nobody "
+                "## Did it help\n\n**Completion** stands in where no label exists: the run succeeded without escalation, and nobody "
                 "corrected, rejected, reopened or escalated it. Silence counts as consent, so the truth is at most this. "
-                "**Acceptance** is of the runs that somebody did label. Say something of a run with "
-                "`agentkit feedback RUN --label accepted --rating 5`."
+                "**Acceptance** is of the runs that somebody did label. Who says more of a run than once is counted with the last "
+                "label and the last rating; what is said of a run that another called counts for that one. Say something of "
+                "a run with `agentkit feedback RUN --label accepted --rating 5`."
             ),
             beside(
                 lines(_rows, y="value", title="Goal completion and acceptance", color="figure", colors=_colors, axis=_percent,
@@ -676,7 +686,7 @@ def _(page):
     if _drift.routes is not None:
         _rows = values(_drift.routes)
         _x = over_time()
-        _tips = [alt.Tooltip("at:T", format="%a %d %b %H:%M"), alt.Tooltip("distance:Q", format=".3f"), alt.Tooltip("by_chance:Q", format=".3f"),
+        _tips = [alt.Tooltip("at:T", format="%a %d %b %H:%M", formatType="utc"), alt.Tooltip("distance:Q", format=".3f"), alt.Tooltip("by_chance:Q", format=".3f"),
                  alt.Tooltip("p:Q", format=".4f"), alt.Tooltip("runs:Q", format=",")]  # fmt: skip
         _chance = (
             alt.Chart(_rows)
@@ -716,6 +726,9 @@ def _(page):
         _inputs = mo.md("*No logged input was kept to compare.*")
     if _drift.against:
         _parts.append(beside(_routes, _inputs))
+    if _drift.blank:
+        _names = ", ".join(prose(name, 60) for name in _drift.blank)
+        _parts.append(mo.md(f"*Not compared: the wording of {_names}, since all of these texts are blank.*"))
     mo.vstack(_parts)
     return
 
@@ -731,10 +744,9 @@ def _(chosen, page):
         every = None
         _said = mo.callout(mo.md(f"**No cost model:** {prose(str(e), 300)}"), kind="danger")
     mo.stop(every is None, None if every is not None else _said)
-    tasks = costs.work(every)
+    tasks, of_stage = costs.projected(every, chosen.stage)
     mo.stop(not tasks.frame.height, mo.md("## What it will cost\n\n*Only evaluations here: nothing to project.*"))
-    _rate = tasks.frame.height * tasks.scale / tasks.days * costs.DAYS_OF_A_MONTH
-    volume = mo.ui.number(1, 1e9, value=max(1, round(_rate)), label="Tasks a month", debounce=True)
+    volume = mo.ui.number(1, 1e9, value=min(1e9, max(1, round(tasks.a_month))), label="Tasks a month", debounce=True)
     hosting = mo.ui.number(
         value=None, label="Hosting, USD", debounce=True
     )  # without a least value it may be left empty
@@ -749,18 +761,21 @@ def _(chosen, page):
             for side in ("input", "output")
         }
     )
-    return every, hosting, models, monitoring, rates, tasks, volume
+    return every, hosting, models, monitoring, of_stage, rates, tasks, volume
 
 
 @app.cell(hide_code=True)
-def _(hosting, monitoring, tasks, volume):
+def _(every, hosting, monitoring, of_stage, tasks, volume):
+    _others = round((costs.work(every).frame.height - tasks.frame.height) * tasks.scale)
     mo.vstack(
         [
             mo.md(
                 f"## What it will cost\n\nFrom {tasks.frame.height:,} logged tasks"
                 + (f" (drawn from {tasks.frame.height * tasks.scale:,.0f})" if tasks.scale > 1.001 else "")
-                + ", with intervals that know how uncertain the mean is and how much tasks differ, not what nobody has logged "
-                "yet: other customers, other prompts."
+                + f" of the stage {of_stage} in {tasks.days:.3g} days, which is the time chosen above as far as the log goes back"
+                + (f"; {_others:,} of another stage are not counted: choose it above" if _others else "")
+                + ". The tasks a month are at that rate until you say otherwise. Intervals know how uncertain the mean is and "
+                "how much tasks differ, not what nobody has logged yet: other customers, other prompts."
             ),
             mo.hstack([volume, hosting, monitoring], justify="start", gap=1.5, wrap=True),
         ]
@@ -775,7 +790,7 @@ def bill(now, then=None):
     def amount(row):
         if row["usd"] is None:
             return "unknown" if row["line"] == "total" else "not given"
-        exact = row["line"] in ("hosting", "monitoring")
+        exact = row["line"] in ("hosting", "monitoring") or row["low"] is None
         return usd(row["usd"]) + ("" if exact else f" ({usd(row['low'])} to {usd(row['high'])})")
 
     titles = [
@@ -849,9 +864,10 @@ def _(every, tasks):
         side = f"- **{prose(row['system'], 60)}**: {row['pilot_tasks']:,} pilot tasks, {row['production_tasks']:,} in production; "
         if row["of_a_task"] is None:
             return side + "one side has no task with a known cost, so there is nothing to compare."
+        between = "" if row["low"] is None else f" ({row['low']:.2g} to {row['high']:.2g})"
         return side + (
-            f"a task costs {row['of_a_task']:.2g}× ({row['low']:.2g} to {row['high']:.2g}) what it cost in the pilot, "
-            f"a month **{row['of_a_month']:.2g}×**."
+            f"a task costs {row['of_a_task']:.2g}×{between} what it cost in the pilot, "
+            f"all tasks of this time **{row['in_all']:.2g}×**."
         )
 
     _pilot = costs.pilot_to_production(every)

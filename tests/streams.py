@@ -110,6 +110,19 @@ def users(count: int = 200, alike: float = 0.1, seed: int = 0) -> Traffic:
     return Traffic(shape)
 
 
+def drifting(hours_long: int, spread: float, seed: int = 0) -> Traffic:
+    """A level that is another every so many hours, lognormal about FAILURES, for baseline and stream alike."""
+    own = np.random.default_rng([seed, hours_long])
+    began = own.integers(hours_long)
+    level = own.lognormal(-(spread**2) / 2, spread, 2_000)
+
+    def shape(rng: np.random.Generator, hours: Hours) -> tuple[Hours, Hours, NDArray[np.float64]]:
+        at = np.repeat(hours, rng.poisson(20, len(hours)))
+        return at, np.arange(len(at)), level[(at + began) // hours_long]
+
+    return Traffic(shape)
+
+
 def _alike(rng: np.random.Generator, count: int, alike: float) -> NDArray[np.float64]:
     """Factors of mean one such that a chance of FAILURES varies with the given intraclass correlation."""
     size = 1 / alike - 1
@@ -125,4 +138,10 @@ TRAFFIC = {
     "growing volume": growing(),
     "daily rhythm": daily(),
     "heavy-tailed costs": heavy_tailed(),
+}
+# Beyond what the null allows, so no alarm is a false one there; hours for which a level lasts, spread of its logarithm.
+DRIFTS = {
+    "another level every week, spread 0.3": (168, 0.3),
+    "another level every day, spread 0.3": (24, 0.3),
+    "another level every 4 hours, spread 0.5": (4, 0.5),
 }

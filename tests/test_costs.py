@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from log_data import PRICES, make_log
-from test_operations import MONDAY, failed, run
+from test_operations import MONDAY, approval, failed, run, tool
 from typer.testing import CliRunner
 
 from agentkit.errors import UsageError
@@ -54,18 +56,12 @@ def made_up(usd: Any, days: float = 30) -> costs.Tasks:
             "tokens_in": [10] * n, "tokens_out": [1] * n, "tier": ["fast"] * n, "tools_usd": [0.0] * n,
         }
     )  # fmt: skip
-    return costs.Tasks(
-        frame,
-        pl.DataFrame(
-            schema={
-                "task": pl.String,
-                "model": pl.String,
-                "tokens_in": pl.Int64,
-                "tokens_out": pl.Int64,
-                "usd": pl.Float64,
-            }
-        ),
-    )
+    schema = {"task": pl.String, "model": pl.String, **dict.fromkeys(("tokens_in", "tokens_out", "usd"), pl.Float64)}
+    return costs.Tasks(frame, pl.DataFrame(schema=schema), days=days)
+
+
+def total_of(month: pl.DataFrame) -> dict[str, Any]:
+    return month.row(by_predicate=pl.col("line") == "total", named=True)
 
 
 # ---- tasks
@@ -117,6 +113,23 @@ def test_other_prices_change_what_they_name_and_nothing_else(log: RunLog) -> Non
     known = costs.repriced(drawn, {"new/one": Price(input=3, output=0)})
     assert known.frame["usd"].to_list() == [pytest.approx(3.7), pytest.approx(8.0), pytest.approx(3.0)]
     assert costs.repriced(drawn, {}).frame["usd"].to_list() == drawn.frame["usd"].to_list()
+
+
+def test_a_price_for_a_model_that_had_none_leaves_what_tools_cost(log: RunLog) -> None:
+    paid = replace(tool(), usd=0.5)
+    steps = [model(MINI, 1_000_000, 0, float("nan")), paid, paid, approval("approve"), tool()]
+    log.append(run("part", parent="unknown", steps=[model(BIG, 1_000_000, 0, 2.0), paid], usd=2.5))
+    log.append(run("unknown", steps=steps, usd=float("nan")))
+    log.append(run("known", steps=[model(MINI, 1_000_000, 0, 0.1), paid, paid], usd=1.1))
+    drawn = drawn_from(log)
+    assert drawn.frame.select("task", "usd", "tools_usd").rows() == [("known", 1.1, 1.0), ("unknown", None, 1.5)]
+    again = costs.repriced(drawn, {MINI: Price(input=1, output=0)})
+    assert again.frame["usd"].to_list() == [pytest.approx(2.0), pytest.approx(1.0 + 2.0 + 1.5)]
+
+
+def test_tokens_as_many_as_a_column_holds_are_summed(log: RunLog) -> None:
+    log.append(run("1", tokens_in=2**62, steps=[model(MINI, 2**62, 1)] * 5))
+    assert drawn_from(log).use["tokens_in"].item() == pytest.approx(5 * 2**62)
 
 
 @given(
@@ -172,6 +185,14 @@ def test_the_interval_of_a_month_holds_months(tasks: int) -> None:
     assert 0.91 <= inside / 300 <= 0.99
 
 
+def test_one_task_has_no_interval() -> None:
+    for drawn in (made_up([0.3]), made_up([0.3, float("nan")])):
+        row = costs.distribution(drawn).filter(pl.col("amount") == "usd").row(0, named=True)
+        total = total_of(costs.month(drawn, 100))
+        assert (row["mean"], row["mean_low"], row["mean_high"]) == (pytest.approx(0.3), None, None)
+        assert (total["usd"], total["low"], total["high"]) == (pytest.approx(30), None, None)
+
+
 def test_the_same_tasks_give_the_same_intervals() -> None:
     drawn = made_up(np.random.default_rng(0).lognormal(0, 1, 100))
     assert costs.month(drawn, 100).equals(costs.month(drawn, 100))
@@ -197,6 +218,28 @@ def test_hosting_and_monitoring_are_lines_of_their_own() -> None:
 def test_without_a_number_a_month_has_as_many_tasks_as_were_logged() -> None:
     total = costs.month(made_up([0.1] * 300, days=60)).filter(pl.col("line") == "total")
     assert total["tasks"].item() == pytest.approx(300 / 60 * 365.25 / 12)
+
+
+def test_the_rate_of_a_month_is_that_of_the_time_asked_for_and_not_of_the_tasks(log: RunLog) -> None:
+    """As far as the log covers it: its first run is 40 days old."""
+    end = MONDAY + timedelta(days=40)
+    log.append(run("first", system="another"))
+    for i in range(10):
+        log.append(run(f"burst{i}", end - timedelta(days=25, minutes=i), system="burst"))
+    log.append(run("single", end - timedelta(hours=3), system="single"))
+
+    def rate(system: str, days: int) -> float:
+        drawn = drawn_from(log, Filter(system=system, since=end - timedelta(days=days), until=end))
+        return float(total_of(costs.month(drawn))["tasks"])
+
+    month = 365.25 / 12
+    assert rate("burst", 30) == pytest.approx(10 * month / 30)
+    assert rate("single", 30) == pytest.approx(month / 30)
+    assert rate("burst", 90) == pytest.approx(10 * month / 40)
+    whole = drawn_from(log, Filter(system="burst"))
+    assert whole.days == pytest.approx(40, abs=0.2)  # to the last run, where no end is named
+    single = drawn_from(log, Filter(system="single", since=end - timedelta(hours=4), until=end))
+    assert single.days == 1  # of hours nobody can tell a month
 
 
 def test_what_nobody_knows_the_cost_of_is_said() -> None:
@@ -227,9 +270,38 @@ def test_the_pilot_stands_beside_production(log: RunLog) -> None:
     )
     assert measured["of_a_task"] == pytest.approx(2.5)
     assert measured["low"] < 2.5 < measured["high"]
-    assert measured["of_a_month"] == pytest.approx(1.25)
+    assert measured["in_all"] == pytest.approx(1.25)
     assert (measured["published_low"], measured["published_high"]) == (5, 10)
     assert found["only_a_draft"]["of_a_task"] is None
+
+
+def test_what_production_costs_in_all_is_compared_over_the_same_time(log: RunLog) -> None:
+    for i in range(30):
+        log.append(run(f"e{i}", MONDAY + timedelta(seconds=i), kind="evaluation", stage="draft"))
+    for i in range(90):
+        log.append(run(f"p{i}", MONDAY + timedelta(hours=8 * i)))
+    log.append(run("one pilot", system="t", stage="draft"))
+    log.append(run("one task", system="t"))
+    found = {row["system"]: row for row in costs.pilot_to_production(drawn_from(log)).iter_rows(named=True)}
+    assert (found["s"]["of_a_task"], found["s"]["in_all"]) == (pytest.approx(1), pytest.approx(3))
+    assert (found["t"]["of_a_task"], found["t"]["low"], found["t"]["high"]) == (pytest.approx(1), None, None)
+
+
+def test_production_is_projected_where_there_is_any(log: RunLog) -> None:
+    log.append(run("evaluated", kind="evaluation"))
+    log.append(run("drafted", stage="draft"))
+    drafts, stage = costs.projected(drawn_from(log))
+    assert (stage, drafts.frame["task"].to_list()) == ("draft", ["drafted"])
+    log.append(run("released"))
+    drawn = drawn_from(log)
+    found = {stage: costs.projected(drawn, stage) for stage in (None, "production", "draft", "all")}
+    assert {stage: tasks.frame["task"].to_list() for stage, (tasks, _) in found.items()} == {
+        None: ["released"],
+        "production": ["released"],
+        "draft": ["drafted"],
+        "all": ["drafted", "released"],
+    }
+    assert found[None][1] == "production"
 
 
 def test_published_figures_are_there_to_compare_with() -> None:
@@ -274,10 +346,60 @@ def test_a_price_of_a_model_that_nobody_used_is_wrong_use() -> None:
     assert "no run used the model 'openai/gpt-9'" in str(done.exception)
 
 
-@pytest.mark.parametrize("text", ["m", "m=1", "m=1/2/3", "=1/2", "m=a/b", "m=-1/2", "m=nan/1", ""])
+@pytest.mark.parametrize(
+    "text", ["m", "m=1", "m=1/2/3", "=1/2", "m=a/b", "m=-1/2", "m=nan/1", "m=inf/1", "m=1/1e308", ""]
+)
 def test_a_price_that_is_none_is_wrong_use(text: str) -> None:
     with pytest.raises(UsageError, match="MODEL=IN/OUT"):
         prices_from([text])
+
+
+@pytest.mark.usefixtures("own_log")
+def test_the_command_says_which_stage_it_counts() -> None:
+    said = {
+        stage: " ".join(CliRunner().invoke(app, ["costs", *(["--stage", stage] if stage else [])]).output.split())
+        for stage in ("", "production", "draft", "all")
+    }
+    whole = {stage: re.search(r"Counted: ([\d,]+) tasks of (.*?)[(,]", text) for stage, text in said.items()}
+    found = {stage: (int(match[1].replace(",", "")), match[2].strip()) for stage, match in whole.items() if match}
+    assert found[""] == found["production"]
+    assert found["production"][1] == "the stage production"
+    assert found["production"][0] + found["draft"][0] == found["all"][0]
+    assert "days, as far back as the log goes" in said[""]  # 20 of 30
+    assert f"({found['draft'][0]:,} of another stage are left out: --stage all)" in said["production"]
+    assert "left out" not in said["all"]
+
+
+def test_a_stage_without_a_run_is_wrong_use(own_home: Path) -> None:
+    RunLog(own_home / "log").append(run("1", datetime.now(UTC), stage="draft"))
+    done = CliRunner().invoke(app, ["costs", "--stage", "production"])
+    assert isinstance(done.exception, UsageError)
+    assert "no finished run of the stage production" in str(done.exception)
+    assert CliRunner().invoke(app, ["costs"]).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["ollama/llama[/x]", "[red]m[/red]", "m:smile:", "m\\"])
+def test_a_name_is_shown_as_it_is(own_home: Path, name: str) -> None:
+    log = RunLog(own_home / "log")
+    log.append(run("1", datetime.now(UTC), steps=[model(name, 10, 1, 0.1)], usd=0.1))
+    done = CliRunner().invoke(app, ["costs", "--price", f"{name}=1/2"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count(name) == 6  # three amounts, two months and a title
+    assert f"what if: {name} 1/2" in done.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--days", "4000000"], ["--days", "0"], ["--tasks", "inf"], ["--tasks", "nan"], ["--hosting", "inf"],
+        ["--hosting", "nan"], ["--monitoring", "1e300"], ["--stage", "pilot"],
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("own_log")
+def test_numbers_that_are_none_are_wrong_use(options: list[str]) -> None:
+    done = CliRunner().invoke(app, ["costs", *options])
+    assert done.exit_code == 2
+    assert f"Invalid value for '{options[0]}'" in done.output
 
 
 def test_an_empty_log_has_nothing_to_project() -> None:

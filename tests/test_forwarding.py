@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,13 +18,16 @@ from forwarded import SPANS, Kept, keep, made, own_log
 from hedgehogs import speaking
 
 import agentkit as ak
+from agentkit.errors import UsageError
 from agentkit.records import Step
 from agentkit.testing import Scripted
 from agentkit_tracking.forwarding import Rejected, Unavailable, span_id, trace_id
+from agentkit_tracking.forwarding import consumer as consuming
 from agentkit_tracking.forwarding.assembly import Assembler, LoggedRun
 from agentkit_tracking.forwarding.consumer import BATCH, Consumer
 from agentkit_tracking.forwarding.spans import Span, spans
 from agentkit_tracking.runlog import RunLog, feedback
+from agentkit_tracking.runlog.database import lease
 
 
 @pytest.fixture
@@ -239,28 +244,47 @@ def test_a_target_that_is_down_costs_nothing_but_time(log: RunLog) -> None:
     assert target.times == dict.fromkeys([*ids, *more], 1)
 
 
-@pytest.mark.parametrize("is_certain", [True, False])
+def rejecting(*bad: str, why: str = "too odd", is_certain: bool = False) -> Callable[[list[LoggedRun]], None]:
+    """The trouble of a target that does not take these runs."""
+
+    def trouble(runs: list[LoggedRun]) -> None:
+        if any(run.record.run_id in bad for run in runs):
+            raise Rejected(why, is_certain=is_certain)
+
+    return trouble
+
+
+def refused_by(consumer: Consumer) -> list[tuple[str, str]]:
+    lines = consumer.file.refused_path.read_text().splitlines() if consumer.file.refused_path.exists() else []
+    return [(line["run_id"], line["why"]) for line in map(json.loads, lines)]
+
+
+def until_settled(consumer: Consumer) -> int:
+    """Forward again and again without a pause; returns how often."""
+    for n in range(10):
+        if not consumer.is_owing:
+            return n
+        consumer._again_at = 0.0
+        consumer.forward()
+    raise AssertionError("never settled")
+
+
+@pytest.mark.parametrize("others", [0, 1])
 def test_what_is_refused_for_itself_does_not_block_the_others(
-    log: RunLog, caplog: pytest.LogCaptureFixture, is_certain: bool
+    log: RunLog, caplog: pytest.LogCaptureFixture, others: int
 ) -> None:
     ids = keep(log, 40)
     bad = ids[17]
-
-    def trouble(runs: list[LoggedRun]) -> None:
-        if any(run.record.run_id == bad for run in runs):
-            raise Rejected("too odd", is_certain=is_certain)
-
-    consumer = Consumer(log, target := Kept(trouble))
+    consumer = Consumer(log, target := Kept(rejecting(bad)))
     consumer.forward()
     assert target.times == dict.fromkeys(set(ids) - {bad}, 1)
     assert consumer.is_owing
-    for _ in range(5):
-        keep(log, 1)  # that others are taken says that it is not the target
+    for _ in range(2):
+        keep(log, others)  # whether or not there are more: what was taken beside it said that it is not the target
         consumer._again_at = 0.0
         consumer.forward()
     assert not consumer.is_owing
-    [refused] = [json.loads(line) for line in consumer.file.refused_path.read_text().splitlines()]
-    assert (refused["run_id"], refused["why"]) == (bad, "too odd")
+    assert refused_by(consumer) == [(bad, "too odd")]
     [said] = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert bad in said
     assert "too odd" in said
@@ -280,23 +304,132 @@ def test_a_target_that_takes_nothing_refuses_nothing(log: RunLog) -> None:
     assert set(forwarded(log).runs) == set(ids)
 
 
-def test_a_run_that_was_refused_is_tried_by_the_next_process(log: RunLog) -> None:
+def test_what_is_certainly_the_contents_fault_is_refused_at_once(log: RunLog) -> None:
     ids = keep(log, 3)
+    consumer = Consumer(log, Kept(rejecting(*ids, is_certain=True)))
+    consumer.forward()
+    assert not consumer.is_owing
+    assert refused_by(consumer) == [(run_id, "too odd") for run_id in ids]
+
+
+def test_a_bad_run_that_stands_alone_waits_for_one_that_is_taken(log: RunLog) -> None:
+    (bad,) = keep(log, 1)
+    consumer = Consumer(log, target := Kept(rejecting(bad)))
+    for _ in range(5):
+        with pytest.raises(Unavailable, match="too odd"):
+            consumer.forward()
+    assert refused_by(consumer) == []
+    (good,) = keep(log, 1)
+    consumer.forward()
+    assert list(target.runs) == [good]
+    until_settled(consumer)
+    assert refused_by(consumer) == [(bad, "too odd")]
+
+
+def test_bad_runs_that_fill_batches_of_their_own_do_not_block_what_comes_after(
+    log: RunLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consuming, "BATCH_BYTES", 1)  # each run is a batch
+    bad, good = keep(log, 5), keep(log, 3)
+    consumer = Consumer(log, target := Kept(rejecting(*bad)))
+    consumer.forward()
+    assert target.times == dict.fromkeys(good, 1)
+    until_settled(consumer)
+    assert refused_by(consumer) == [(run_id, "too odd") for run_id in bad]
+    assert target.times == dict.fromkeys(good, 1), "what was taken is not sent again"
+
+
+def test_in_doubt_no_more_than_a_batch_is_passed_over(log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consuming, "BATCH", 10)
+    ids, tried = keep(log, 50), set()
 
     def trouble(runs: list[LoggedRun]) -> None:
-        if any(run.record.run_id == ids[0] for run in runs):
-            raise Rejected("not now", is_certain=True)
+        tried.update(run.record.run_id for run in runs)
+        raise Rejected("internal error")
 
-    forwarded(log, Kept(trouble))
+    consumer = Consumer(log, Kept(trouble))
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            consumer.forward()
+    assert tried == set(ids[:10]), "a target that is down is not given the whole log each time"
+    assert set(forwarded(log).runs) == set(ids)
+
+
+def test_a_target_that_breaks_on_the_way_refuses_only_what_it_took_others_beside(log: RunLog) -> None:
+    ids = keep(log, 3)
+    is_broken = [False]
+
+    def trouble(runs: list[LoggedRun]) -> None:
+        if is_broken[0]:
+            raise Rejected("quota exceeded")
+
+    consumer = Consumer(log, target := Kept(trouble))
+    consumer.forward()
+    is_broken[0] = True
+    more = keep(log, 5)
+    for _ in range(5):
+        with pytest.raises(Unavailable, match="quota"):
+            consumer.forward()
+    is_broken[0] = False
+    consumer.forward()
+    assert (set(target.runs), refused_by(consumer)) == ({*ids, *more}, [])
+
+
+def test_a_run_that_was_refused_is_tried_by_the_next_process(log: RunLog) -> None:
+    ids = keep(log, 3)
+    forwarded(log, Kept(rejecting(ids[0])))
     assert set(forwarded(log).runs) == {ids[0]}
 
 
-def test_a_position_that_cannot_be_read_means_all_again(log: RunLog) -> None:
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (None, "{torn"),
+        ("segments", {"SEGMENT": ["1", "2"]}),
+        ("segments", {"SEGMENT": [None, 1]}),
+        ("segments", {"SEGMENT": "12"}),
+        ("segments", [1, 2]),
+        ("again", {"r": "1"}),
+        ("again", {"r": None}),
+        ("waiting", {"s-1": "soon"}),
+        ("waiting", 7),
+    ],
+)
+def test_a_position_that_makes_no_sense_means_all_again(log: RunLog, key: str | None, value: Any) -> None:
     ids = keep(log, 3)
     consumer = Consumer(log, Kept())
     consumer.forward()
-    consumer.file.path.write_text("{torn")
+    path = consumer.file.path
+    (segment,) = consumer.state.marks
+    values = json.dumps(json.loads(path.read_text()) | {key or "": value})
+    path.write_text(value if key is None else values.replace("SEGMENT", segment))
     assert set(forwarded(log).runs) == set(ids)
+
+
+def test_a_position_that_may_not_be_read_is_said(log: RunLog) -> None:
+    keep(log, 1)
+    (log.folder / "consumers" / "kept.json").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"kept\.json, which says how far forwarding is, cannot be read"):
+        Consumer(log, Kept())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_where_no_position_can_be_kept_nothing_is_sent(log: RunLog) -> None:
+    folder = log.folder / "consumers"
+    folder.mkdir(parents=True)
+    folder.chmod(0o500)
+    try:
+        with pytest.raises(UsageError, match="consumers, where it is kept how far forwarding is, cannot be written"):
+            Consumer(log, Kept())
+    finally:
+        folder.chmod(0o700)
+
+
+def test_what_is_in_the_folders_place_is_said(log: RunLog) -> None:
+    keep(log, 1)
+    (log.folder / "consumers").write_text("no folder")
+    with pytest.raises(UsageError, match="consumers cannot be made as a folder"), lease(log.folder / "consumers"):
+        pass
 
 
 def test_another_consumer_moved_the_position(log: RunLog) -> None:
@@ -368,6 +501,22 @@ def test_feedback_finds_its_run_whenever_it_was_given(log: RunLog, monkeypatch: 
     assert (said.label, said.comment, said.by) == ("rejected", "too slow", "bob")
     assert place == (record.run_id, record.run_id)
     assert consumer.state.waiting == {}
+
+
+def test_flush_takes_along_feedback_that_came_before_the_end_of_its_run(
+    log: RunLog, behind: Callable[[Kept], None]
+) -> None:
+    from agentkit_tracking.forwarding import background
+
+    behind(target := Kept())
+    record = made()
+    log.progress(record_like(record), list(enumerate(record.steps[:2])))
+    feedback.give(log, record.run_id, "rejected", by="bob")
+    assert background.flush(log, 30)
+    assert target.feedback == {}, "the run has not ended"
+    log.append(record)
+    assert background.flush(log, 30)
+    assert [said.label for said, _ in target.feedback.values()] == ["rejected"]
 
 
 def test_feedback_on_a_part_is_shown_in_the_trace_of_the_whole(log: RunLog) -> None:
@@ -449,6 +598,46 @@ def test_an_outage_is_said_once_and_never_to_the_agent(
     assert len(said) == 2, said
     assert "runs do not reach memory now" in said[0]
     assert "again" in said[1]
+
+
+def test_a_run_that_is_never_taken_does_not_keep_flush_from_the_end(
+    log: RunLog, behind: Callable[[Kept], None]
+) -> None:
+    from agentkit_tracking.forwarding import background
+
+    ids = keep(log, 3)
+    behind(target := Kept(rejecting(ids[1])))
+    assert not background.flush(log, 30)
+    assert wait_for(lambda: background.flush(log, 30), 60)
+    assert set(target.runs) == {ids[0], ids[2]}
+
+
+@pytest.mark.parametrize("asked", [1e10, math.inf, math.nan, -1.0])
+def test_no_pause_that_is_asked_for_ends_the_forwarding(
+    log: RunLog, behind: Callable[[Kept], None], monkeypatch: pytest.MonkeyPatch, asked: float
+) -> None:
+    from agentkit_tracking.forwarding import background
+
+    monkeypatch.setattr(background, "_BACKOFF_S", (0.05, 0.1))
+    busy = iter([True])
+
+    def trouble(runs: list[LoggedRun]) -> None:
+        if next(busy, False):
+            raise Unavailable("busy", asked)
+
+    behind(target := Kept(trouble))
+    (run_id,) = keep(log, 1)
+    assert not background.flush(log, 30)
+    assert background.flush(log, 30), "whoever waits is not held up by it"
+    assert list(target.runs) == [run_id]
+
+
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [(None, None), (7.0, 7.0), (0.0, 0.0), (1e10, 3600.0), (math.inf, None), (math.nan, None), (-1.0, None)],
+)
+def test_a_pause_is_an_hour_at_most(asked: float | None, given: float | None) -> None:
+    assert Unavailable("busy", asked).retry_after == given
 
 
 def test_a_wrong_setting_is_a_warning_not_an_end(

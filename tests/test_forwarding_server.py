@@ -142,5 +142,6 @@ def test_mlflow_understands_what_any_collector_is_sent(
     assert trace.info.token_usage == {"input_tokens": 100, "output_tokens": 20, "total_tokens": 120}
     assert trace.info.cost["total_cost"] == pytest.approx(0.25)
     assert trace.info.trace_metadata["mlflow.trace.session"] == "chat-17"
+    assert trace.info.tags | {"agentkit.run_id": run_id, "agentkit.stage": "production"} == trace.info.tags
     assert len(trace.data.spans) == SPANS
     assert "I paid twice" in (trace.info.request_preview or "")

@@ -84,22 +84,24 @@ def test_rates_are_as_counted_by_hand(log: RunLog) -> None:
         run("6", degraded="ToolFailed: no", steps=[tool(broken)]),
         failed("7", "ModelError"),
         run("8"),
+        run("9", output={"action": "escalate"}),
+        run("replied", output={"action": "reply"}),
     ):
         log.append(record)
     feedback.give(log, "1", "accepted", rating=5)
     feedback.give(log, "2", "corrected", rating=2)
     feedback.give(log, "5", "escalated")  # it was asked already
-    feedback.give(log, "8", "escalated", rating=4)
+    feedback.give(log, "8", "escalated", rating=4)  # afterwards: the agent had not handed it over
     page = look(log)
     assert by_figure(figures.rates(*_cells(log))) == {
-        "success": (5, 8), "failure": (2, 8), "refusal": (1, 8), "degraded": (1, 5), "recovery": (2, 3),
-        "escalation": (2, 8), "completion": (2, 8), "acceptance": (1, 4), "satisfaction": (2, 3),
+        "success": (7, 10), "failure": (2, 10), "refusal": (1, 10), "degraded": (1, 7), "recovery": (2, 3),
+        "escalation": (2, 10), "completion": (3, 10), "acceptance": (1, 4), "satisfaction": (2, 3),
     }  # fmt: skip
     assert page.refusals.select("rule", "error", "runs").rows() == [("policy", "PolicyRefused", 1)]
     assert page.errors.rows() == [("s", "ModelError", 1), ("s", "ToolFailed", 1)]
     assert page.tools.select("tool", "calls", "failed", "not_made", "tries").rows() == [("look_up", 4, 4, 1, 4)]
     assert page.ratings.select("value", "n").rows() == [(pytest.approx(11 / 3), 3)]
-    assert (page.runs, page.unfinished) == (8, 0)
+    assert (page.runs, page.unfinished) == (10, 0)
 
 
 def _cells(log: RunLog) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -151,8 +153,55 @@ def test_latency_is_exact_and_without_the_time_of_people(log: RunLog) -> None:
     rows = {row["phase"]: row for row in page.latency.iter_rows(named=True)}
     assert (rows["total"]["p50"], rows["total"]["p95"]) == pytest.approx(np.quantile(seconds, [0.5, 0.95]))
     assert rows["planning"]["p95"] == pytest.approx(np.quantile(seconds / 2, 0.95))
-    assert rows["reflection"]["p50"] is None  # no run had one
+    assert (rows["reflection"]["p50"], rows["reflection"]["n"]) == (None, 0)  # no run had one
     assert page.latency_of_versions["p95"].to_list() == pytest.approx([np.quantile(seconds, 0.95)] * 2)
+
+
+def test_a_phase_counts_the_runs_that_reached_it(log: RunLog) -> None:
+    log.append(run("0"))
+    for i in range(1, 10):
+        log.append(failed(str(i), "ModelError", phases={"planning": 0.5}))
+    found = dict(look(log).latency.select("phase", "n").rows())
+    assert found == {"planning": 10, "execution": 1, "reflection": 1, "total": 10}
+
+
+def test_what_is_said_of_a_called_run_counts_for_the_one_that_began_it(log: RunLog) -> None:
+    log.append(run("leaf", system="helper", parent="part"))
+    log.append(run("part", system="helper", parent="whole"))
+    log.append(run("whole"))
+    log.append(run("other"))
+    feedback.give(log, "leaf", "corrected", rating=1)
+    feedback.give(log, "whole", rating=4)
+    page = look(log)
+    found = by_figure(figures.rates(*_cells(log)))
+    assert (found["acceptance"], found["completion"], found["satisfaction"]) == ((0, 1), (1, 2), (1, 2))
+    assert page.ratings.select("value", "n").rows() == [(2.5, 2)]
+    assert look(log, Filter(system="s")).ratings["n"].to_list() == [2]
+    assert look(log, Filter(system="helper")).ratings.is_empty()  # none of its runs is counted there
+
+
+def test_of_each_run_and_author_the_last_word_counts(log: RunLog) -> None:
+    for run_id in ("1", "2", "3"):
+        log.append(run(run_id))
+    for rating in (5, 3, 1, 1, 1):
+        feedback.give(log, "1", "rejected", rating=rating, by="ada")
+    feedback.give(log, "1", rating=3, by="bob")
+    feedback.give(log, "2", rating=5, by="ada")
+    feedback.give(log, "2", comment="no rating", by="ada")
+    feedback.give(log, "2", "corrected", by="ada")
+    feedback.give(log, "2", "accepted", by="ada")
+    feedback.give(log, "3", "accepted", by="ada")
+    feedback.give(log, "3", "reopened", by="bob")
+    assert look(log).ratings.select("value", "n").rows() == [(3.0, 3)]
+    assert by_figure(figures.rates(*_cells(log)))["acceptance"] == (1, 3)
+
+
+def test_numbers_as_large_as_a_column_holds_are_no_end_of_the_page(log: RunLog) -> None:
+    for i in range(5):
+        log.append(run(str(i), tokens_in=2**62, tokens_out=2**62, steps=[tool(tries=2**62)]))
+    page = look(log)
+    assert page.runs == 5
+    assert page.tools["tries"].item() == 2**63 - 1
 
 
 def test_decisions_of_people_and_of_nobody(log: RunLog) -> None:
@@ -251,6 +300,16 @@ def test_runs_under_way_are_not_counted_as_any_outcome(log: RunLog) -> None:
     assert (page.runs, page.unfinished, page.rates.filter(pl.col("figure") == "success")["n"].item()) == (1, 1, 1)
 
 
+def test_a_run_whose_beginning_was_pruned_is_not_less_than_none_under_way(log: RunLog) -> None:
+    log.append(run("1"))
+    log.progress(run("2"), [(0, tool())])
+    for i in range(7):
+        ended, private = events.ended(run(f"late{i}"), events.payloads())
+        log.write([(ended, private)])
+    page = look(log)
+    assert (page.runs, page.unfinished) == (8, 1)
+
+
 def test_text_of_anybody_is_a_value_and_no_sql(log: RunLog) -> None:
     log.append(run("1", system="'; DROP VIEW outcomes; --", release="'"))
     assert look(log, Filter(system="'; DROP VIEW outcomes; --", release="'")).runs == 1
@@ -264,6 +323,7 @@ _SPECS = st.fixed_dictionaries(
         "usd": st.one_of(st.floats(0, 10), st.just(float("nan"))),
         "broken": st.booleans(),
         "asked": st.booleans(),
+        "action": st.sampled_from([None, "reply", "escalate"]),
         "label": st.sampled_from([None, "accepted", "reopened", "escalated"]),
         "release": st.sampled_from(["r1", "r2", None]),
     }
@@ -281,7 +341,8 @@ def test_figures_agree_with_plain_counting(specs: list[dict[str, Any]]) -> None:
                 *([approval("approve")] if spec["asked"] else []),
             ]
             made = run if spec["state"] == "DONE" else lambda run_id, **values: failed(run_id, "ModelError", **values)
-            log.append(made(f"{i:02}", usd=spec["usd"], release=spec["release"], steps=steps))
+            values = {"output": {"action": spec["action"]}} if spec["state"] == "DONE" else {}
+            log.append(made(f"{i:02}", usd=spec["usd"], release=spec["release"], steps=steps, **values))
             if spec["label"]:
                 feedback.give(log, f"{i:02}", spec["label"])
         page = look(log)
@@ -291,8 +352,9 @@ def test_figures_agree_with_plain_counting(specs: list[dict[str, Any]]) -> None:
     broken = [s for s in specs if s["broken"]]
     assert found["success"] == (len(done), len(specs))
     assert found.get("recovery", (0, 0)) == (sum(s["state"] == "DONE" for s in broken), len(broken))
-    assert found["escalation"] == (sum(s["asked"] or s["label"] == "escalated" for s in specs), len(specs))
-    untouched = [s for s in done if not s["asked"] and s["label"] in (None, "accepted")]
+    handed = [s for s in specs if s["asked"] or (s in done and s["action"] == "escalate")]
+    assert found["escalation"] == (len(handed), len(specs))
+    untouched = [s for s in done if s not in handed and s["label"] in (None, "accepted")]
     assert found["completion"] == (len(untouched), len(specs))
     for key, row in ((r["release"], r) for r in page.costs_of_versions.iter_rows(named=True)):
         own = [s for s in specs if (s["release"] or "") == key and s["usd"] == s["usd"]]
@@ -397,6 +459,18 @@ def test_inputs_that_cannot_be_compared_have_no_row() -> None:
     assert operations.input_drift([{"a": "same"}] * 20, [{"a": "same"}] * 20).is_empty()
 
 
+@pytest.mark.usefixtures("fewer_shuffles")
+def test_the_wording_of_blank_texts_is_left_out_and_said(log: RunLog) -> None:
+    for i in range(40):
+        day, text = MONDAY + timedelta(days=i % 2), " " * (1 + i % 3)
+        log.append(run(str(i), day, inputs={"text": text, "note": f"{text}note {i % 5}"}))
+    page = look(log, Filter(since=MONDAY + timedelta(days=1), until=MONDAY + timedelta(days=2)))
+    found = operations.drift_of(page, [], events.payloads())
+    assert found.inputs is not None
+    assert set(found.inputs["feature"]) == {"text: length", "note: wording", "note: length"}
+    assert found.blank == ("text",)
+
+
 def test_without_a_golden_set_that_fits_a_time_is_compared_with_the_one_before(tmp_path: Path) -> None:
     planted = [Regression(what, 0.9, after=0.5, system="support_triage") for what in ("routes", "inputs")]  # type: ignore[arg-type]
     log = make_log(tmp_path, runs=1500, days=20, seed=2, regressions=planted)
@@ -446,6 +520,30 @@ def test_expected_routes_are_found_in_the_golden_set() -> None:
     }
     assert operations.routes_expected(golden, ["elsewhere"]) is None
     assert operations.routes_expected([], ["a"]) is None
+
+
+# ---- the notebook
+
+
+def test_the_notebook_shows_systems_of_any_name_blank_inputs_and_every_time_in_utc(own_home: Path) -> None:
+    import operations as notebook
+
+    log = RunLog(own_home / "log")
+    for i in range(6):  # of 50 days: the half that is shown is compared with the other
+        at, inputs = datetime.now(UTC) - timedelta(days=10 * i, hours=1), {"text": " " * (i + 1)}
+        log.append(run(str(i), at, system=("all", "other")[i % 2], inputs=inputs))
+    shown, found = notebook.app.run()
+    assert found["page"].runs == 3
+    assert set(found["system"].options.values()) == {"all", "other", None}
+    assert found["system"].value is None
+    page = (
+        "".join(output.text for output in shown if hasattr(output, "text")).replace("&#92;", "").replace("&quot;", '"')
+    )
+    times = page.count('"format": "%a %d %b %H:%M"')
+    assert times > 0
+    assert page.count('"format": "%a %d %b %H:%M", "formatType": "utc"') == times
+    assert "Routes: Jensen" in page  # that chart is among them
+    assert "Not compared: the wording of text" in page
 
 
 # ---- large logs

@@ -135,7 +135,7 @@ def test_the_page_shows_every_figure_and_filters_change_them(opened: Callable[[]
     wait_for(lambda: runs_of(browser) == one_system, 30)
     choose(browser, "Stage", "draft")
     wait_for(lambda: runs_of(browser) < one_system, 30)
-    choose(browser, "Stage", "all")
+    choose(browser, "Stage", "all stages")
     choose(browser, "Time", "24 hours")
     wait_for(lambda: runs_of(browser) < one_system, 30)
     assert errors(browser) == []

@@ -167,6 +167,34 @@ def test_what_hours_have_in_common_is_seen_in_the_baseline() -> None:
     assert sequential.reference(hours(wave)).dispersion > 3
 
 
+def test_a_level_that_drifts_from_week_to_week_shows_in_four_weeks() -> None:
+    def level(week: int) -> float:
+        return 0.03 if week % 2 else 0.07
+
+    rng = np.random.default_rng(0)
+    baseline = hours([list((rng.random(20) < level(h // 168)).astype(float)) for h in range(672)])
+    # An hour has 20 observations; the variance of a week's sum is that within, and that of its level.
+    within, between = 3360 * 0.05 * 0.95, (3360 * 0.02) ** 2
+    assert sequential.reference(baseline).dispersion == pytest.approx(4 / 3 * (within + between) / within, rel=0.3)
+
+
+def test_most_baselines_without_surprises_are_taken_as_such() -> None:
+    found = [sequential.reference(flips(0.05, 672, 20, seed)).dispersion for seed in range(60)]
+    assert np.median(found) == 1
+    assert np.quantile(found, 0.9) < 2
+
+
+@pytest.mark.parametrize("drift", list(streams.DRIFTS)[1:])
+def test_a_level_that_drifts_within_days_is_seldom_an_alarm(drift: str) -> None:
+    """Nothing promises it, and without dispersion a fifth of these were alarms."""
+    wrong = 0
+    for seed in range(30):
+        rng, made = np.random.default_rng(seed), streams.drifting(*streams.DRIFTS[drift], seed)
+        baseline, stream = made.runs(rng, 0, 672), made.runs(rng, 672, 300)
+        wrong += strongest("failure", baseline, stream) >= -math.log(ALPHA)
+    assert wrong <= binom.ppf(0.95, 30, ALPHA)
+
+
 # ---- confidence sequences
 
 

@@ -67,8 +67,8 @@ def _once(consumer: Consumer) -> int:
         while consumer.is_owing:  # what was not taken is tried again, and left out in the end
             time.sleep(_POLL_S)
             consumer.forward()
-    except Unavailable as e:
-        fail(f"{consumer.target.address} does not take runs now: {e}; nothing is lost, try again later")
+    except (Unavailable, OSError) as e:
+        fail(f"{_why(consumer, e)}; nothing is lost, try again later")
         return CRASH
     return CRASH if consumer.done.refused else OK
 
@@ -83,12 +83,19 @@ def _follow(consumer: Consumer) -> int:
             if consumer.has_news():
                 consumer.forward()
             pause = _POLL_S
-        except (Unavailable, LogBusy) as e:
+        except (Unavailable, LogBusy, OSError) as e:
             if pause == _POLL_S:
-                fail(f"{consumer.target.address} does not take runs now: {e}; trying on")
+                fail(f"{_why(consumer, e)}; trying on")
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             pause = max(pause, getattr(e, "retry_after", None) or 0.0)
         time.sleep(pause)
+
+
+def _why(consumer: Consumer, error: Exception) -> str:
+    """`OSError`: this machine is at fault, a full disk perhaps."""
+    if isinstance(error, OSError):
+        return f"forwarding from {consumer.log.folder} does not work now: {error}"
+    return f"{consumer.target.address} does not take runs now: {error}"
 
 
 def _say(consumer: Consumer) -> None:

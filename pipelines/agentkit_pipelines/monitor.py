@@ -19,6 +19,7 @@ from agentkit.errors import UsageError
 from agentkit_pipelines import sequential
 from agentkit_pipelines.monitor_window import FEWEST, Ask, Window, asking, before_runs, labels, own_runs
 from agentkit_pipelines.sequential import Array, Blocks, Grouping, Series
+from agentkit_tracking.runlog.reading import IS_ESCALATED
 
 if TYPE_CHECKING:
     from agentkit_tracking.runlog import RunLog
@@ -45,9 +46,7 @@ class Measure:
 LABELS = "not_accepted"
 MEASURES = (
     Measure("failure", "rate", "state <> 'DONE'"),
-    Measure(
-        "escalation", "rate", "(coalesce(approvals, 0) > 0 OR coalesce(private->'output'->>'action', '') = 'escalate')"
-    ),
+    Measure("escalation", "rate", IS_ESCALATED),
     Measure("refusal", "rate", "coalesce(refusals, 0) > 0"),
     Measure("lesser_result", "rate", "coalesce(is_degraded, false)"),
     Measure(LABELS, "rate", "label <> 'accepted'"),
@@ -114,6 +113,11 @@ class Finding:
     def is_degraded(self) -> bool:
         return self.state == "degraded"
 
+    @property
+    def is_lost(self) -> bool:
+        """The baseline shows it, the runs since do not."""
+        return self.state == "not watched" and self.baseline_runs >= FEWEST
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -168,6 +172,8 @@ def measures(names: Sequence[str] = ()) -> tuple[Measure, ...]:
 def examine(log: RunLog, window: Window, limits: Limits | None = None, chosen: Sequence[Measure] = MEASURES) -> Report:
     """Look once: every measure against its baseline."""
     limits = limits or Limits()
+    if window.gap:
+        return _nothing(window, limits, window.gap, chosen)
     with asking(log) as ask:
         baseline, stream = _runs(ask, window, chosen)
         if len(baseline) < FEWEST:
@@ -185,7 +191,7 @@ def examine(log: RunLog, window: Window, limits: Limits | None = None, chosen: S
     threshold = math.log(max(len(watched), 1) / limits.alpha)
     findings, traces = [], {}
     for measure in chosen:
-        finding, trace = _look(*samples[measure.name], window, limits, threshold)
+        finding, trace = _look(*samples[measure.name], len(stream), window, limits, threshold)
         findings.append(finding)
         if trace is not None:
             traces[measure.name] = trace
@@ -312,12 +318,21 @@ def _routes(baseline: Sample, stream: Sample, floor: float) -> list[Series]:
     return found
 
 
+def _unknown(measure: Measure, runs: int) -> str:
+    if measure.name == LABELS:
+        return f"{runs:,} runs, none with a label yet"
+    mend = "; add the price of its models to agentkit.toml" if measure.name == "cost" else ""
+    return f"{runs:,} runs, none with a known {measure.name}{mend}"
+
+
 def _look(
-    measure: Measure, baseline: Sample, stream: Sample, window: Window, limits: Limits, threshold: float
+    measure: Measure, baseline: Sample, stream: Sample, runs: int, window: Window, limits: Limits, threshold: float
 ) -> tuple[Finding, Trace | None]:
     counts: dict[str, Any] = {"baseline_runs": len(baseline.values), "runs": len(stream.values)}
     if len(baseline.values) < FEWEST or not len(stream.values):
-        why = "no run since" if len(baseline.values) >= FEWEST else f"fewer than {FEWEST} known in the baseline"
+        why = (
+            _unknown(measure, runs) if len(baseline.values) >= FEWEST else f"fewer than {FEWEST} known in the baseline"
+        )
         return Finding(measure.name, measure.kind, "not watched", why, **counts), None
     series = series_of(measure, baseline, stream, limits)
     episodes, evidence = sequential.watch(series, threshold)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from agentkit.errors import AgentkitError
 from agentkit_pipelines.monitor import LABELS, MEASURES, Alarm, Finding, Report
 from agentkit_pipelines.monitor_report import sentence
 from agentkit_pipelines.monitor_window import Window, asking, own_runs
@@ -14,13 +15,13 @@ if TYPE_CHECKING:
     from agentkit_tracking.runlog import RunLog
 
 _EXAMPLES = 3
-_SENDING_S = 15.0  # a kernel ends after this; what is not sent by then, the next notice takes along
+_SENDING_S = 15.0  # a kernel ends after this; what is not sent by then, the next look sends
 
 
 def tell(log: RunLog, report: Report) -> list[str]:
     """Tell of every alarm that no event tells of yet; returns the sentences.
 
-    The notice comes first: after a crash in between it comes twice rather than never.
+    The notice comes first: after a crash in between it comes twice rather than never. `deliver` sends what is left.
     """
     from agentkit_tracking.control import ControlPlane
     from agentkit_tracking.home import file_lock
@@ -40,12 +41,33 @@ def tell(log: RunLog, report: Report) -> list[str]:
     return [private["text"] for _, private in written]
 
 
+def deliver() -> str:
+    """Try once to send what notices are left, of this look or an earlier one; returns what is amiss, or nothing."""
+    from agentkit_tracking.control import ControlPlane
+    from agentkit_tracking.control.notices import URL_ENV, Webhook
+
+    try:
+        if Webhook.configured() is None:
+            return ""
+        outbox = ControlPlane().outbox
+        outbox.deliver()
+        left = outbox.undelivered()
+    except AgentkitError as e:  # the verdict stands all the same
+        return str(e)
+    if not left:
+        return ""
+    what = "1 notice is" if left == 1 else f"{left} notices are"
+    return f"{what} undelivered: the receiver that {URL_ENV} names did not answer 2xx; each look tries again, for three days"
+
+
 def _untold(log: RunLog, report: Report) -> list[tuple[Finding, Alarm, list[str]]]:
     window = report.window
     with asking(log) as ask:
         events = ask(
-            "SELECT name, started_at FROM events WHERE type = 'alert' AND system = ? AND release IS NOT DISTINCT FROM ?",
-            [window.system, window.release],
+            "SELECT name, started_at FROM events WHERE type = 'alert' AND system = ? AND release IS NOT DISTINCT FROM ? "
+            # Alerts of versions that did not keep it count for every comparison.
+            "AND stage IS NOT DISTINCT FROM ? AND coalesce(private->>'comparison', ?) = ?",
+            [window.system, window.release, window.stage, window.comparison, window.comparison],
         )
         told = [(str(name), at) for name, at in events.iter_rows()]
         return [
@@ -94,5 +116,5 @@ def _event(
         "result": "degraded",
         "started_at": alarm.at,
     }
-    private = {"text": text, "onset": alarm.onset, "runs": runs}
+    private = {"text": text, "onset": alarm.onset, "runs": runs, "comparison": window.comparison}
     return {name: value for name, value in event.items() if value is not None}, private

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from agentkit.errors import UsageError
 from agentkit_pipelines import terminal
 from agentkit_pipelines.gate_cli import FAILED, INCONCLUSIVE, OK
 from agentkit_pipelines.options import SystemName
@@ -30,8 +32,12 @@ def monitor(
         list[str] | None, typer.Option(help="of runs; can be given again [default: run, batch, map]")
     ] = None,
     block_minutes: Annotated[int, typer.Option(help="what a user does within is one observation")] = 60,
-    alpha: Annotated[float, typer.Option(help="chance of any false alarm, over all looks and measures")] = 0.01,
-    rate_floor: Annotated[float, typer.Option(help="a rate may be so much above the baseline's")] = 0.01,
+    alpha: Annotated[
+        float, typer.Option(help="chance of any alarm, over all looks and measures, while none is worse than its floor")
+    ] = 0.01,
+    rate_floor: Annotated[
+        float, typer.Option(help="a rate may be so much above the baseline's; give more where its level drifts")
+    ] = 0.01,
     ratio_floor: Annotated[float, typer.Option(help="cost, latency, model calls may be so many times as large")] = 1.05,
     mix_floor: Annotated[float, typer.Option(help="a route's share may be so much off")] = 0.1,
     alert: Annotated[bool, typer.Option("--alert/--no-alert", help="tell of new alarms: run log and webhook")] = True,
@@ -40,10 +46,11 @@ def monitor(
     """Compare the runs of a release with those before it, in the monitor notebook. Run it as often as you like.
 
     Failures, escalations, refusals, lesser results, corrections, cost, latency, model calls, routes. Exit code 3 when
-    something is worse than allowed (and did not recover since), 4 when there are too few runs to say anything.
+    something is worse than allowed (and did not recover since), 4 when there are too few runs to say anything, or `agentkit
+    log prune` removed some of them.
     """
     from agentkit_pipelines import monitor as looks
-    from agentkit_pipelines import monitor_window
+    from agentkit_pipelines import monitor_alerts, monitor_window
     from agentkit_pipelines.notebook_runner import run_notebook
     from agentkit_tracking.home import home
     from agentkit_tracking.runlog import RunLog
@@ -58,11 +65,23 @@ def monitor(
     parameters |= {"measures": ",".join(measure or []), "alpha": alpha, "alert": alert}
     parameters |= {"rate_floor": rate_floor, "ratio_floor": ratio_floor, "mix_floor": mix_floor}
     folder = output or home() / "monitor" / system / f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}"
+    _writable(folder)
     with terminal.progress(f"monitor {system}"):
         executed = run_notebook("monitor", parameters, folder)
     report = looks.read((folder / "report.json").read_text(encoding="utf-8"))
     _show(report, executed)
+    if alert and (amiss := monitor_alerts.deliver()):
+        terminal.console().print(f"! {amiss}", style="yellow", markup=False, soft_wrap=True)
     raise typer.Exit(FAILED if report.degraded else INCONCLUSIVE if report.too_little else OK)
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UsageError(f"the report cannot be written to {folder}: {e.strerror}; give --output FOLDER") from None
 
 
 def _show(report: Report, executed: Path) -> None:
@@ -85,6 +104,9 @@ def _show(report: Report, executed: Path) -> None:
         cells["state"] = f"[{_COLORS[row['state']]}]{row['state']}[/]"
         table.add_row(*cells.values(), style="bold" if row["state"] == "degraded" else None)
     out.print(table)
+    for finding in report.findings:
+        if finding.is_lost:
+            out.print(f"! {monitor_report.sentence(finding)}", style="yellow", markup=False, soft_wrap=True)
     for finding in report.degraded:
         out.print(f"✗ {monitor_report.sentence(finding)}", style="red", markup=False, soft_wrap=True)
     verdict = "[red]degraded[/red]" if report.degraded else "[green]nothing degraded[/green]"

@@ -22,7 +22,9 @@ DRAFT = "draft"  # in place of a release: runs of none
 FEWEST = 200  # runs of a baseline; what fewer could prove is next to nothing
 FIRST_RUNS = 1_000  # of the release itself, where nothing went before it
 Ask = Callable[[str, list[Any]], "pl.DataFrame"]
-_BASELINE = re.compile(r"(\d+)(d?)")
+MOST_DAYS = 3_650
+_EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+_BASELINE = re.compile(r"(\d{1,7})(d?)")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Window:
     block_minutes: int = 60
     kinds: tuple[str, ...] = KINDS
     stage: str | None = None  # only runs at this stage
+    gap: str = ""  # why the log no longer holds all of it; then nothing can be said
 
     @property
     def block_us(self) -> int:
@@ -60,12 +63,21 @@ class Window:
 
     def __str__(self) -> str:
         name = f"release {self.release[:12]}" if self.release else "drafts"
-        against = (
-            f"its own first {self.first_runs:,} runs"
-            if self.first_runs
-            else f"{self.days} days of {_names(self.before)} before"
-        )
-        return f"{self.system}, {name} since {self.since:%Y-%m-%d %H:%M} until {self.until:%Y-%m-%d %H:%M} UTC, against {against}"
+        kinds = "" if set(self.kinds) == set(KINDS) else f" ({', '.join(self.kinds)})"
+        when = f"since {self.since:%Y-%m-%d %H:%M} until {self.until:%Y-%m-%d %H:%M} UTC"
+        return f"{self.system}{kinds}, {name} {when}, against {self.against}"
+
+    @property
+    def against(self) -> str:
+        """The baseline in words."""
+        if self.first_runs:
+            return f"its own first {self.first_runs:,} runs"
+        return f"{self.days} days of {_names(self.before)} before"
+
+    @property
+    def comparison(self) -> str:
+        """What is held against what, whenever: an alarm of another comparison is another alarm."""
+        return f"{','.join(sorted(set(self.kinds)))} against {self.against}"
 
 
 def _names(releases: tuple[str | None, ...] | None) -> str:
@@ -103,6 +115,8 @@ def choose(
             what is done where fewer than 200 runs went before.
         baseline_release: like `release`; empty: after a rollback the release itself, earlier; else what it replaced.
 
+    Where days were pruned that it should cover, the window says so in `gap`.
+
     Raises:
         UsageError: there is no such system or release in the log, or a word is none of these.
     """
@@ -111,9 +125,12 @@ def choose(
     if wrong := [kind for kind in kinds if kind not in KINDS]:
         raise UsageError(f"{wrong[0]!r} is no kind of run that is watched; use {', '.join(KINDS)}")
     said = _BASELINE.fullmatch(baseline.strip())
-    if not said or not int(said[1]):
-        raise UsageError(f"{baseline!r} is no baseline; give days as 28d, or a number of first runs as 2000")
+    if not said or not int(said[1]) or (said[2] and int(said[1]) > MOST_DAYS):
+        raise UsageError(
+            f"{baseline!r} is no baseline; give days as 28d ({MOST_DAYS:,} at most), or a number of first runs as 2000"
+        )
     begin, end = _moment(since, "since"), _moment(until, "until") or clock.utc()
+    was_pruned = _was_pruned(log)
     with asking(log) as ask:
         chosen, live, before = _release(ask, system, release)
         if baseline_release:
@@ -128,12 +145,45 @@ def choose(
         stage = None if release else "production"
         window = Window(system, chosen, begin, end, before, 28, 0, block_minutes, tuple(kinds), stage)
         window = replace(window, until=max(begin, window.time(int(end.timestamp() * 1e6) // window.block_us)))
-        if not said[2]:
-            return replace(window, first_runs=int(said[1]))
-        window = replace(window, days=int(said[1]))
-        if baseline_release or len(before_runs(ask, window, "run_id", FEWEST)) == FEWEST:
+        window = replace(window, days=int(said[1])) if said[2] else replace(window, first_runs=int(said[1]))
+        if was_pruned and (gap := _gap(ask, window, is_told=bool(since))):
+            return replace(window, gap=gap)
+        if window.first_runs or baseline_release or len(before_runs(ask, window, "run_id", FEWEST)) == FEWEST:
             return window
         return replace(window, first_runs=FIRST_RUNS)
+
+
+def _was_pruned(log: RunLog) -> bool:
+    with log.database.reading() as connection:
+        return connection is not None and bool(connection.execute("SELECT 1 FROM log.pruned LIMIT 1").fetchall())
+
+
+def _gap(ask: Ask, window: Window, *, is_told: bool) -> str:
+    """Why a log of which days were pruned does not do for a window, or nothing.
+
+    What goes are all days up to one, and which one is not recorded: the log is whole from the first day that is left.
+    """
+    first = ask("SELECT min(logged_at) AS at FROM events", []).item() or clock.utc()
+    whole = first.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    last = _last_before(ask, window)
+    if window.first_runs:
+        # A first run that the log names is the first that is left, unless days without any went before it.
+        needed = window.since if is_told else window.since - timedelta(days=window.days)
+    elif last is None and window.before:
+        needed = None
+    else:
+        needed = (last or window.since) - timedelta(days=window.days)
+    if needed is not None and needed >= whole:
+        return ""
+    reach = (
+        f"reach back to {needed:%Y-%m-%d}" if needed else f"are those of {_names(window.before)}, of which none is left"
+    )
+    days = (last - whole).days if last is not None else 0
+    return (
+        f"days were pruned, the run log is whole only from {whole:%Y-%m-%d} on, and the runs to compare {reach}; give "
+        f"{f'--baseline {days}d, ' if days > 0 else ''}another --baseline-release, or --since "
+        f"{max(whole, window.since):%Y-%m-%d} or later with --baseline {FIRST_RUNS} (its first runs from then on)"
+    )
 
 
 def _moment(text: str, name: str) -> datetime | None:
@@ -141,9 +191,12 @@ def _moment(text: str, name: str) -> datetime | None:
         return None
     try:
         found = datetime.fromisoformat(text)
-    except ValueError:
+        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise UsageError(f"--{name} takes a time as 2026-11-20 or 2026-11-20T14:00, not {text!r}") from None
-    return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
+    if found < _EARLIEST:
+        raise UsageError(f"--{name} {text} lies before there was any run log; give a time from {_EARLIEST:%Y} on")
+    return found
 
 
 def _release(ask: Ask, system: str, asked: str) -> tuple[str | None, datetime | None, tuple[str | None, ...] | None]:
@@ -219,35 +272,53 @@ def _named(ask: Ask, system: str, text: str) -> str | None:
 
 def before_runs(ask: Ask, window: Window, columns: str, limit: int | None = None) -> pl.DataFrame:
     """The baseline's runs before `since`: `columns` are SQL on an outcome event."""
-    others, values = _among(window)
-    where = f"{_of(window)} AND {others} AND logged_at < ?"
-    values = [window.system, *values, window.since]
-    last = ask(f"SELECT max(logged_at) FROM events WHERE {where}", values).item()
-    begin = (last or window.since) - timedelta(days=window.days)
-    tail = f" LIMIT {limit}" if limit else ""
-    return ask(f"SELECT {columns} FROM events WHERE {where} AND logged_at >= ?{tail}", [*values, begin])
+    where, values = _before(ask, window)
+    return ask(f"SELECT {columns} FROM events WHERE {where}{f' LIMIT {limit}' if limit else ''}", values)
 
 
 def own_runs(ask: Ask, window: Window, columns: str, more: str = "") -> pl.DataFrame:
     """The release's own runs: `columns` are SQL on an outcome event, `more` follows the conditions."""
-    where = f"{_of(window)} AND release IS NOT DISTINCT FROM ? AND logged_at >= ? AND logged_at < ?"
-    values = [window.system, window.release, window.since, window.until]
+    where, values = _own(window)
     return ask(f"SELECT {columns} FROM events WHERE {where}{more}", values)
 
 
 def labels(ask: Ask, window: Window, columns: str, *, own: bool) -> pl.DataFrame:
-    """The first label that each run was given; `columns` are SQL on `given_at`, `label`, `who` and `run_id`."""
-    whose, values = ("release IS NOT DISTINCT FROM ?", [window.release]) if own else _among(window)
-    first = window.since if own else window.since - timedelta(days=window.days)
-    last = window.until if own else window.since
+    """The first label that each of these runs was given by then; `columns` are SQL on `given_at`, `label`, `who` and `run_id`."""
+    where, values = _own(window) if own else _before(ask, window)
     return ask(
         f"""SELECT {columns} FROM (
             SELECT run_id, min(logged_at) AS given_at, arg_min(result, logged_at) AS label,
                 arg_min(coalesce(session, user_hash, run_id), logged_at) AS who
-            FROM events WHERE type = 'feedback' AND result IS NOT NULL {_staged(window)} AND system = ? AND {whose} GROUP BY run_id
-        ) WHERE given_at >= ? AND given_at < ?""",
-        [window.system, *values, first, last],
+            FROM events WHERE type = 'feedback' AND result IS NOT NULL AND system = ?
+                AND run_id IN (SELECT run_id FROM events WHERE {where}) GROUP BY run_id
+        ) WHERE given_at < ?""",
+        [window.system, *values, window.until if own else window.since],
     )
+
+
+Where = tuple[str, list[Any]]  # a condition, and the values of its parameters
+
+
+def _own(window: Window) -> Where:
+    where = f"{_of(window)} AND release IS NOT DISTINCT FROM ? AND logged_at >= ? AND logged_at < ?"
+    return where, [window.system, window.release, window.since, window.until]
+
+
+def _before(ask: Ask, window: Window) -> Where:
+    where, values = _any_before(window)
+    begin = (_last_before(ask, window) or window.since) - timedelta(days=window.days)
+    return f"{where} AND logged_at >= ?", [*values, begin]
+
+
+def _any_before(window: Window) -> Where:
+    others, values = _among(window)
+    return f"{_of(window)} AND {others} AND logged_at < ?", [window.system, *values, window.since]
+
+
+def _last_before(ask: Ask, window: Window) -> datetime | None:
+    where, values = _any_before(window)
+    at: datetime | None = ask(f"SELECT max(logged_at) FROM events WHERE {where}", values).item()
+    return at
 
 
 def _of(window: Window) -> str:
@@ -259,7 +330,7 @@ def _staged(window: Window) -> str:
     return f"AND stage = '{window.stage}'" if window.stage else ""
 
 
-def _among(window: Window) -> tuple[str, list[Any]]:
+def _among(window: Window) -> Where:
     if window.before is not None:
         return "(" + " OR ".join("release IS NOT DISTINCT FROM ?" for _ in window.before) + ")", [*window.before]
     return "release IS DISTINCT FROM ? AND release IS NOT NULL", [window.release]

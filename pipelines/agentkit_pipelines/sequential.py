@@ -15,8 +15,10 @@ below that.
    true rate lies in one of the cells, and there the product is an e-process.
 3. *Amounts* with any tail: how often they exceed quantiles of the baseline, after they were divided by the ratio that is
    allowed. The exceedance probability of an order statistic has the same law as in 2, so it needs no moments.
-4. *What blocks do not know of each other* (hours of the day, users who come back) shows as variance between blocks of the baseline,
-   at any scale, beyond that within. By this factor evidence is tempered: its power 1/φ is an e-process, too (Jensen).
+4. *What blocks have in common* (hours of the day, users who come back, a level that drifts) shows as variance between blocks of
+   the baseline, at any scale of which it holds four, beyond that within. By this factor evidence is tempered: its power 1/φ is an
+   e-process, too (Jensen). φ is an estimate: evidence tempered by it is no proof as 1 to 3 are, and a level that drifts
+   beyond the floor is against the null whatever φ is.
 
 All figures here are natural logarithms of e-values unless said otherwise. Nothing depends on when somebody looks.
 """
@@ -42,8 +44,8 @@ _SHIFTS = np.arange(5.0)  # of the calibrator: a mixture of normal likelihood ra
 _RICH = 1e100  # more evidence is not counted
 _AT_ONCE, _FLAT = 0.3, 30  # weight of a change at the very start; blocks after which the weights begin to fall
 _SCALES = (1, 2, 4, 8, 12, 24, 48, 168)  # blocks
-_GROUPS = 10  # the fewest that say something about variance
-_CAUTION = 0.1  # chance that a baseline without any such variance shows some, per scale
+_GROUPS = 4  # the fewest that say something about variance: the weeks of the usual baseline
+_CAUTION = 0.05  # chance that a baseline without any such variance shows some, per scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,10 @@ def _moments(baseline: Blocks) -> tuple[float, float, float, float]:
 
 
 def _dispersion(baseline: Blocks, rate: float, variance: float) -> float:
-    """φ: the largest over all scales of the variance between groups of blocks over that within, as far as it is proven."""
+    """φ: the largest over all scales of the variance between groups of blocks over that within, where it is proven.
+
+    Then all of it counts: its lower bound would leave out most of what a few weeks show.
+    """
     worst = 1.0
     for scale in _SCALES:
         _, group = np.unique(baseline.at // scale, return_inverse=True)
@@ -158,7 +163,8 @@ def _dispersion(baseline: Blocks, rate: float, variance: float) -> float:
         if len(sizes) < _GROUPS:
             break
         excess = float(((sums - sizes * rate) ** 2 / (sizes * variance)).sum())
-        worst = max(worst, excess / float(chdtri(len(sizes) - 1, _CAUTION)))
+        if excess > chdtri(len(sizes) - 1, _CAUTION):
+            worst = max(worst, excess / (len(sizes) - 1))
     return worst
 
 

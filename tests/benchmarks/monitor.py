@@ -3,8 +3,8 @@
     python tests/benchmarks/monitor.py --streams 2000 --processes 2        # all tables, about half an hour of two cores
     python tests/benchmarks/monitor.py delays --streams 200
 
-`false`: one measure at its whole alpha and without any floor, the strictest case; `service`: all measures together as they are
-by default; `delays`: planted regressions; `speed`: one look at a long log. A naive test beside it repeats a fixed-sample one
+`false`: one measure at its whole alpha and without any floor, the strictest case; `drift`: failures whose level drifts beyond
+the null; `service`: all measures together as they are by default; `delays`: planted regressions; `speed`: one look at a long log. A naive test beside it repeats a fixed-sample one
 (two proportions; Welch's t on logarithms) at every look.
 """
 
@@ -34,6 +34,7 @@ from agentkit_pipelines.monitor import Limits
 
 LOOKS, MEASURES = 500, 9
 ALPHA = 0.01
+WIDE_FLOOR = Limits(alpha=ALPHA, rate=0.03)
 NO_FLOOR = Limits(alpha=ALPHA, rate=0.0, ratio=1.0, mix=0.0)
 
 
@@ -81,6 +82,28 @@ def false_alarms(pool: Any, count: int) -> None:
         for hours in (168, 12):
             rows = np.array(list(pool.map(quiet, [(traffic, hours, s) for s in range(count)], chunksize=20)))
             print(f"| {traffic} | {hours} | " + " | ".join(f"{100 * x:.2f} %" for x in rows.mean(0)) + " |", flush=True)
+
+
+def drifted(job: tuple[str, int, int]) -> list[bool]:
+    """Whether there was an alarm in one stream whose level drifts as the baseline's did, with each of the floors below."""
+    drift, hours, seed = job
+    rng, made = np.random.default_rng([seed, hours]), streams.drifting(*streams.DRIFTS[drift], seed)
+    baseline, stream = made.runs(rng, 0, hours), made.runs(rng, hours, LOOKS)
+    return [
+        bool(evidence("failure", baseline, stream, limits)[1].max() >= math.log(number / ALPHA))
+        for limits, number in ((Limits(alpha=ALPHA), MEASURES), (WIDE_FLOOR, MEASURES), (NO_FLOOR, 1))
+    ]
+
+
+def drifts(pool: Any, count: int) -> None:
+    print(f"\nAlarms where failures drift, {count:,} streams × {LOOKS} hourly looks, alpha {ALPHA:.0%}")
+    print(
+        "| level | baseline, hours | floor 1 point, one of nine measures | 3 points | none, alone |\n|---|---|---|---|---|"
+    )
+    for drift in streams.DRIFTS:
+        for hours in (672, 168):
+            rows = np.array(list(pool.map(drifted, [(drift, hours, s) for s in range(count)], chunksize=20)))
+            print(f"| {drift} | {hours} | " + " | ".join(f"{100 * x:.1f} %" for x in rows.mean(0)) + " |", flush=True)
 
 
 def service(rng: np.random.Generator, first: int, hours: int) -> pl.DataFrame:
@@ -216,7 +239,7 @@ def speed(runs: int) -> None:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["false", "service", "delays", "speed"])
+    parser.add_argument("what", nargs="*", default=["false", "drift", "service", "delays", "speed"])
     parser.add_argument("--streams", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--runs", type=int, default=1_000_000, help="of the log for `speed`")
@@ -224,6 +247,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     with ProcessPoolExecutor(given.processes) as pool:
         if "false" in given.what:
             false_alarms(pool, given.streams)
+        if "drift" in given.what:
+            drifts(pool, given.streams)
         if "service" in given.what:
             whole_service(pool, given.streams)
         if "delays" in given.what:

@@ -1,18 +1,20 @@
 """What a task costs, by what was logged; what a month will cost, and what it would at other prices.
 
     drawn = costs.tasks(opened, Filter(system="support_triage"))
-    costs.distribution(drawn)                                  # mean, p50, p95, p99 of USD and tokens
-    costs.month(drawn, tasks=100_000)                          # with intervals
-    costs.month(costs.repriced(drawn, {"openai/gpt-4.1": Price(input=1, output=4)}), tasks=100_000)
+    counted, stage = costs.projected(drawn)                    # production, where there is any
+    costs.distribution(counted)                                # mean, p50, p95, p99 of USD and tokens
+    costs.month(counted, tasks=100_000)                        # with intervals
+    costs.month(costs.repriced(counted, {"openai/gpt-4.1": Price(input=1, output=4)}), tasks=100_000)
 
-A task is a run that no other run called, with all that it called. Intervals are 95 %, the same each time: the seed is fixed.
+A task is a run that no other run called, with all that it called. Intervals are 95 %, the same each time: the seed is fixed;
+one task alone has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -21,11 +23,13 @@ from numpy.typing import ArrayLike, NDArray
 from agentkit.runs import REHEARSALS
 from agentkit.settings import Price, Settings
 from agentkit_tracking.operations.filters import Filter
+from agentkit_tracking.operations.queries import span
 
 if TYPE_CHECKING:
     import duckdb
 
 Array = NDArray[np.float64]
+Stage = Literal["production", "draft", "all"]
 DAYS_OF_A_MONTH = 365.25 / 12
 AMOUNTS = ("usd", "tokens_in", "tokens_out")
 _MOST = 100_000  # tasks that are drawn: their 99th percentile is known to a per cent or two
@@ -47,17 +51,20 @@ class Tasks:
 
     `frame` has a row a task: task, system, kind, is_pilot (a draft's, or an evaluation), tier (that of its models, `+` between
     several; `none` without a model), started_at, usd (null: unknown), tools_usd, tokens_in, tokens_out. `use` has a row a task and
-    model: task, model, tokens_in, tokens_out, usd. Each drawn task stands for `scale` logged ones.
+    model: task, model, tokens_in, tokens_out, usd. Each drawn task stands for `scale` logged ones. They are all of `days`: the
+    time that was asked for, as far as the log covers it (from its first run, of whatever system, to its last where no end was
+    named); at least one.
     """
 
     frame: pl.DataFrame
     use: pl.DataFrame
     scale: float = 1.0
+    days: float = 1.0
 
     @property
-    def days(self) -> float:
-        """From the first task to the last, at least one."""
-        return _days(self.frame)
+    def a_month(self) -> float:
+        """How many tasks a month has at the rate of these days."""
+        return self.frame.height * self.scale / self.days * DAYS_OF_A_MONTH
 
 
 def tasks(
@@ -83,25 +90,36 @@ def tasks(
             tokens_in, tokens_out {chosen_runs} ORDER BY task""",
         params=values,
     ).pl()
-    use = connection.sql(
+    used = connection.sql(
         f"""WITH RECURSIVE part AS (
             SELECT run_id, run_id AS task {chosen_runs}
             UNION ALL SELECT o.run_id, part.task FROM outcomes o JOIN part ON o.parent = part.run_id)
-        SELECT part.task, e.model, sum(e.tokens_in)::BIGINT AS tokens_in, sum(e.tokens_out)::BIGINT AS tokens_out,
+        SELECT part.task, e.model, sum(e.tokens_in::DOUBLE) AS tokens_in, sum(e.tokens_out::DOUBLE) AS tokens_out,
             CASE WHEN count(e.usd) = count(*) THEN sum(e.usd) END AS usd
         FROM events e JOIN part USING (run_id)
-        WHERE e.type = 'model' AND e.model IS NOT NULL AND NOT coalesce(e.cached, false)
+        WHERE (e.type = 'model' AND e.model IS NOT NULL AND NOT coalesce(e.cached, false))
+            OR (e.type = 'tool' AND e.usd IS NOT NULL)  -- its model is null
         GROUP BY ALL ORDER BY part.task, e.model""",
         params=values,
     ).pl()
     scale = logged / frame.height if frame.height else 1.0
-    return _labelled(Tasks(frame, use, scale), settings or Settings())
+    drawn = Tasks(frame, used.drop_nulls("model"), scale, _covered(connection, chosen or Filter()))
+    return _labelled(drawn, used.filter(pl.col("model").is_null()), settings or Settings())
+
+
+def _covered(connection: duckdb.DuckDBPyConnection, chosen: Filter) -> float:
+    """Days of the time that was asked for, as far as the log covers it; at least one, as hours say little of a month."""
+    first, last = span(connection, Filter(rehearsals=True))
+    if first is None or last is None:
+        return 1.0
+    length = (chosen.until or last) - max(chosen.since or first, first)
+    return max(1.0, length.total_seconds() / 86_400)
 
 
 _PILOT = f"(stage IS DISTINCT FROM 'production' OR kind IN ({', '.join(repr(kind) for kind in REHEARSALS)}))"
 
 
-def _labelled(drawn: Tasks, settings: Settings) -> Tasks:
+def _labelled(drawn: Tasks, tools: pl.DataFrame, settings: Settings) -> Tasks:
     names: dict[str, str] = {}
     for tier, model in sorted(settings.models.items()):
         names[model] = f"{names[model]}/{tier}" if model in names else tier
@@ -109,11 +127,14 @@ def _labelled(drawn: Tasks, settings: Settings) -> Tasks:
         pl.col("model").replace(names).unique().sort().str.join(" + ").alias("tier"),
         pl.col("usd").sum().alias("models_usd"),
     )
-    frame = drawn.frame.join(by_task, on="task", how="left", maintain_order="left").with_columns(
-        pl.col("tier").fill_null("none"),
-        (pl.col("usd") - pl.col("models_usd").fill_null(0)).round(12).clip(0).alias("tools_usd"),
+    frame = drawn.frame.join(by_task, on="task", how="left", maintain_order="left")
+    frame = frame.join(tools.select("task", called_usd="usd"), on="task", how="left", maintain_order="left")
+    # What is left of a known cost: models that were logged without a name are in it. Of an unknown one the calls of tools.
+    left = (pl.col("usd") - pl.col("models_usd").fill_null(0)).round(12).clip(0)
+    frame = frame.with_columns(
+        pl.col("tier").fill_null("none"), pl.coalesce(left, "called_usd", pl.lit(0.0)).alias("tools_usd")
     )
-    return replace(drawn, frame=frame.drop("models_usd"))
+    return replace(drawn, frame=frame.drop("models_usd", "called_usd"))
 
 
 def only(drawn: Tasks, condition: pl.Expr) -> Tasks:
@@ -125,6 +146,16 @@ def only(drawn: Tasks, condition: pl.Expr) -> Tasks:
 def work(drawn: Tasks) -> Tasks:
     """Without evaluations: what people or programs really asked for."""
     return only(drawn, ~pl.col("kind").is_in(REHEARSALS))
+
+
+def projected(drawn: Tasks, stage: Stage | None = None) -> tuple[Tasks, Stage]:
+    """The work of one stage, and which: by default production where there is any, else drafts. What drafts cost while they are
+    tried out says little of a month in production."""
+    asked_for = work(drawn)
+    chosen = stage or ("draft" if asked_for.frame["is_pilot"].all() else "production")
+    if chosen == "all":
+        return asked_for, chosen
+    return only(asked_for, pl.col("is_pilot") == (chosen == "draft")), chosen
 
 
 def repriced(drawn: Tasks, prices: Mapping[str, Price]) -> Tasks:
@@ -142,7 +173,7 @@ def repriced(drawn: Tasks, prices: Mapping[str, Price]) -> Tasks:
     )
     frame = drawn.frame.join(sums, on="task", how="left", maintain_order="left")
     used = pl.col("task").is_in(use["task"].unique().implode())
-    usd = pl.when(used).then(pl.col("models_usd") + pl.col("tools_usd").fill_null(0)).otherwise(pl.col("usd"))
+    usd = pl.when(used).then(pl.col("models_usd") + pl.col("tools_usd")).otherwise(pl.col("usd"))
     return replace(drawn, frame=frame.with_columns(usd.alias("usd")).drop("models_usd"), use=use)
 
 
@@ -150,7 +181,7 @@ def repriced(drawn: Tasks, prices: Mapping[str, Price]) -> Tasks:
 
 
 def distribution(drawn: Tasks, by: Sequence[str] = ("system", "tier")) -> pl.DataFrame:
-    """Mean (bootstrap-t interval), p50, p95, p99 (order statistics) of `usd`, `tokens_in`, `tokens_out` of a task.
+    """Mean (bootstrap-t interval from two tasks on), p50, p95, p99 (order statistics) of `usd`, `tokens_in`, `tokens_out` of a task.
 
     Columns: `by`, `amount`, `n`, `mean`, `mean_low`, `mean_high`, `p50`, `p95`, `p99`, `p99_low`, `p99_high` (null: too few
     tasks to say), `unknown` (tasks left out, since nobody knows what they cost).
@@ -162,7 +193,7 @@ def distribution(drawn: Tasks, by: Sequence[str] = ("system", "tier")) -> pl.Dat
             n = len(values)
             row = {**key, "amount": amount, "n": n, "unknown": part.height - n}
             if n:
-                low, high = _middle(_means(values, np.random.default_rng(0)))
+                low, high = _interval(_means(values, np.random.default_rng(0)), values)
                 quantiles = {f"p{q}": _quantile(values, q / 100) for q in (50, 95, 99)}
                 least, most = quantile_interval(values, 0.99)
                 row |= {"mean": float(values.mean()), "mean_low": low, "mean_high": high, **quantiles}
@@ -202,18 +233,18 @@ def month(
 ) -> pl.DataFrame:
     """USD of a month, line by line, and in all; `low` to `high` holds what such a month will cost in 95 of 100 cases.
 
-    The interval knows that the mean of a task is an estimate and that tasks differ. It does not know of other customers, prices
+    Null where the cost of fewer than two tasks is known. The interval knows that the mean of a task is an estimate and that tasks differ. It does not know of other customers, prices
     or prompts than those that were logged.
 
     Args:
-        tasks: a month, in all, shared out as logged; default: as many as a month of the logged time had.
+        tasks: a month, in all, shared out as logged; default: as many as a month has at the rate of `drawn.days`.
         hosting, monitoring: USD a month, lines of their own; None is a line whose cost nobody has given.
 
     Returns:
         `line`, `by`, `tasks`, `usd`, `low`, `high`, `tokens_in`, `tokens_out`; the last line is `total`.
     """
     frame = drawn.frame
-    rate = frame.height * drawn.scale / drawn.days * DAYS_OF_A_MONTH if tasks is None else tasks
+    rate = drawn.a_month if tasks is None else tasks
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     sums = np.zeros(_DRAWS)
@@ -225,7 +256,7 @@ def month(
         if len(values):
             drawn_sums = _totals(values, count, rng)
             sums += drawn_sums
-            low, high = _middle(drawn_sums)
+            low, high = _interval(drawn_sums, values)
             row |= {"usd": count * float(values.mean()), "low": low, "high": high}
         else:
             sums += np.nan
@@ -237,17 +268,11 @@ def month(
     total = [row.get("usd") for row in rows if row["line"] == "models and tools"]
     whole: dict[str, Any] = {"line": "total", "tasks": rate if frame.height else 0.0}
     if None not in total:
-        low, high = _middle(sums + fixed)
+        counted = [row["low"] for row in rows if row["line"] == "models and tools"]
+        low, high = (None, None) if None in counted else _middle(sums + fixed)
         whole |= {"usd": sum(usd for usd in total if usd is not None) + fixed, "low": low, "high": high}
     numbers = dict.fromkeys(("tasks", "usd", "low", "high", "tokens_in", "tokens_out"), pl.Float64)
     return pl.DataFrame([*rows, whole], schema={**dict.fromkeys(["line", *by], pl.String), **numbers})
-
-
-def _days(frame: pl.DataFrame) -> float:
-    days = frame.select(
-        (pl.col("started_at").max() - pl.col("started_at").min()).dt.total_seconds(fractional=True) / 86_400
-    )
-    return max(1.0, days.item() or 0.0)
 
 
 def _totals(values: Array, count: float, rng: np.random.Generator) -> Array:
@@ -274,6 +299,11 @@ def _means(values: Array, rng: np.random.Generator) -> Array:
     return np.asarray(np.maximum(0.0, mean - error * scores))
 
 
+def _interval(draws: Array, *of: Array) -> tuple[float, float] | tuple[None, None]:
+    """None where a single value says nothing of how much they differ."""
+    return (None, None) if min(len(values) for values in of) < 2 else _middle(draws)
+
+
 def _middle(draws: Array) -> tuple[float, float]:
     low, high = np.quantile(draws, [0.025, 0.975])
     return float(low), float(high)
@@ -283,10 +313,11 @@ def _middle(draws: Array) -> tuple[float, float]:
 
 
 def pilot_to_production(drawn: Tasks) -> pl.DataFrame:
-    """How many times as much production costs as the pilot (drafts and evaluations did): of a task, and of a month.
+    """How many times as much production costs as the pilot (drafts and evaluations did): of a task, and in the same time.
 
     Columns: `system`, `pilot_tasks`, `pilot_usd` (of a task), `production_tasks`, `production_usd`, `of_a_task` with `low` and
-    `high`, `of_a_month`, `published_low`, `published_high`. Null where a side has no task with a known cost, or cost nothing.
+    `high`, `in_all` (all tasks of each, over the same days), `published_low`, `published_high`. Null where a side has no task
+    with a known cost, or cost nothing; the interval also where one has a single task.
     """
     rows = []
     for (system,), part in drawn.frame.group_by("system", maintain_order=True):
@@ -299,14 +330,10 @@ def pilot_to_production(drawn: Tasks) -> pl.DataFrame:
         if means[0] and means[1] is not None:
             rng = np.random.default_rng(0)
             ratios = _means(sides[1], rng) / np.maximum(_means(sides[0], rng), 1e-300)
-            low, high = _middle(ratios)
-            monthly = [side.mean() * half.height / _days(half) for side, half in zip(sides, halves, strict=True)]
-            row |= {
-                "of_a_task": means[1] / means[0],
-                "low": low,
-                "high": high,
-                "of_a_month": float(monthly[1] / monthly[0]),
-            }
+            low, high = _interval(ratios, *sides)
+            of_a_task = means[1] / means[0]
+            in_all = of_a_task * halves[1].height / halves[0].height
+            row |= {"of_a_task": of_a_task, "low": low, "high": high, "in_all": in_all}
         rows.append(row)
     numbers = (
         "pilot_usd",
@@ -314,7 +341,7 @@ def pilot_to_production(drawn: Tasks) -> pl.DataFrame:
         "of_a_task",
         "low",
         "high",
-        "of_a_month",
+        "in_all",
         "published_low",
         "published_high",
     )

@@ -192,6 +192,8 @@ class Background:
 
     def _pass(self, consumer: Consumer) -> bool:
         """Forward what is new; False if another process is at it."""
+        if self._is_urgent:
+            consumer.look_again()
         if not consumer.has_news():
             return True
         with self._held:

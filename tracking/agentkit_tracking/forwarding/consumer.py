@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from agentkit.runs import REHEARSALS
 from agentkit_tracking.forwarding.assembly import Assembler, LoggedFeedback, LoggedRun, feedback_of, fetch
@@ -38,11 +39,18 @@ class Place(NamedTuple):
     run: str
 
 
+class Partial(NamedTuple):
+    """These runs were taken, except for something in one of them or more; that is final."""
+
+    run_ids: list[str]
+    why: str
+
+
 class Target(Protocol):
     """Where runs are forwarded to.
 
     `name` is that of the consumer's files, `address` what people read. Both methods raise `Unavailable` or `Rejected`, and
-    take the same again without making a double.
+    take the same again without making a double. A target that takes some in part lists them in `in_part`.
     """
 
     name: str
@@ -80,6 +88,8 @@ class Consumer:
         self._rest = rest
         self._places: dict[str, Place | None] = {}
         self._looked = self._again_at = 0.0
+        self._unsettled: dict[str, Rejected] = {}  # while it is in doubt whether the target takes anything
+        self._in_part: list[Partial] = getattr(target, "in_part", [])
         self._begin()
 
     def _begin(self) -> None:
@@ -104,6 +114,10 @@ class Consumer:
         """Whether something that the target did not take is to be tried again."""
         return bool(self.state.again)
 
+    def look_again(self) -> None:
+        """Have the next `forward` look at once whether runs that feedback waits for have ended."""
+        self._looked = -math.inf
+
     def forward(self) -> None:
         """Forward all that the log has by now.
 
@@ -120,6 +134,8 @@ class Consumer:
                 raise
 
     def _forward(self) -> None:
+        self._unsettled = {}
+        self._in_part.clear()
         entries, waiting = 0, len(self.state.waiting)
         for entry in self._reader.read():
             self._assembler.add(entry.segment, entry.n, entry.event, entry.private)
@@ -133,8 +149,10 @@ class Consumer:
             self._batch(again[first : first + BATCH])
         self._batch()
         if len(self.state.waiting) > waiting:  # the run may have come after what was said of it
-            self._looked = 0.0
+            self.look_again()
             self._batch()
+        if self._unsettled:
+            raise self._takes_nothing()
 
     def _batch(self, again: Iterable[str] = ()) -> None:
         began = time.perf_counter()
@@ -147,14 +165,14 @@ class Consumer:
             broken |= unreadable
             for gone in set(again) - {run.record.run_id for run in fetched}:
                 self.state.again.pop(gone, None)
-        for run_id, why in broken.items():
-            self._refuse({"run_id": run_id}, why)
         runs = list({run.record.run_id: run for run in runs}.values())
-        if runs:
-            self._settle(runs, self._send(runs))
+        rejected = {run_id: Rejected(why, is_certain=True) for run_id, why in broken.items()}
+        if runs or rejected:
+            self._settle(runs, rejected | (self._send(runs) if runs else {}))
         self._attach(feedback)
         self.state.marks = marks
-        self.file.save(self.state)
+        if not self._unsettled:  # else the position stays before them
+            self.file.save(self.state)
         if runs or feedback:
             self._rest(time.perf_counter() - began)
 
@@ -173,31 +191,53 @@ class Consumer:
         return {}
 
     def _settle(self, runs: list[LoggedRun], rejected: dict[str, Rejected]) -> None:
-        for run in runs:
-            run_id = run.record.run_id
-            if run_id not in rejected:
-                self.state.again.pop(run_id, None)
-                self.done.runs += 1
-                for below in run.whole():
-                    self._remember(below.record.run_id, Place(run_id, below.record.run_id))
-        if not rejected:
-            return
-        reason = next(iter(rejected.values()))
-        if len(rejected) == len(runs) and not reason.is_certain:
-            # It takes nothing at all: then this says more of the target than of the runs.
-            raise Unavailable(str(reason))
-        for run_id, why in rejected.items():
-            tries = self.state.again.get(run_id, 0) + 1
-            self.state.again[run_id] = tries
-            self._again_at = time.monotonic() + 2.0 * tries
-            if tries >= TRIES:
-                self.state.again.pop(run_id)
-                self._refuse({"run_id": run_id}, str(why))
+        """Count what was taken, and the tries of what was not.
 
-    def _refuse(self, what: dict[str, str], why: str) -> None:
+        A target that takes nothing may be at fault itself: what it rejects counts only once it takes something beside or after
+        that, or has done so at an earlier try. Until then up to a batch of it is passed over, and the position stays.
+        """
+        for run_ids, why in self._in_part:
+            if len(run_ids) == 1:
+                rejected[run_ids[0]] = Rejected(why, is_certain=True)
+            else:
+                self._refuse({"run_ids": run_ids}, why)
+        self._in_part.clear()
+        taken = [run for run in runs if run.record.run_id not in rejected]
+        for run in taken:
+            run_id = run.record.run_id
+            self.state.again.pop(run_id, None)
+            self.done.runs += 1
+            for below in run.whole():
+                self._remember(below.record.run_id, Place(run_id, below.record.run_id))
+        self._unsettled |= rejected
+        if not taken and (doubtful := self._doubtful()):
+            if len(doubtful) >= BATCH:
+                raise self._takes_nothing()
+            return
+        for run_id, no in self._unsettled.items():
+            tries = TRIES if no.is_certain else self.state.again.get(run_id, 0) + 1
+            if tries < TRIES:
+                self.state.again[run_id] = tries
+                self._again_at = time.monotonic() + 2.0 * tries
+            else:
+                self.state.again.pop(run_id, None)
+                self._refuse({"run_id": run_id}, str(no))
+        self._unsettled = {}
+
+    def _doubtful(self) -> list[Rejected]:
+        """Of what is not settled that which may be the target's fault."""
+        return [no for run_id, no in self._unsettled.items() if not no.is_certain and run_id not in self.state.again]
+
+    def _takes_nothing(self) -> Unavailable:
+        return Unavailable(f"it takes nothing: {self._doubtful()[0]}")
+
+    def _refuse(self, what: dict[str, Any], why: str) -> None:
         self.done.refused += 1
         self.file.refuse({**what, "why": why, "at": datetime.now(UTC).isoformat()})
-        of = " ".join(f"{name} {value}" for name, value in what.items())
+        of = " ".join(
+            f"part of {len(value)} runs" if isinstance(value, list) else f"{name} {value}"
+            for name, value in what.items()
+        )
         _log.warning(
             "%s is not forwarded to %s (noted in %s): %s", of, self.target.address, self.file.refused_path, why
         )

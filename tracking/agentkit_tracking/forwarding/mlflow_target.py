@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-_CERTAIN = (400, 404, 413)  # statuses by which MLflow says that the content is at fault
 _LIMIT = 250  # characters of MLflow's columns
 _Trace = tuple[str, list[dict[str, Any]]]
 
@@ -142,8 +141,6 @@ def _said_by(client: MlflowClient, error: MlflowException) -> Unavailable | Reje
     status, reason = error.get_http_status_code(), str(error).splitlines()[0][:500]
     if status in (401, 403, 408, 429, 502, 503, 504) or "database is locked" in reason:
         return Unavailable(reason)
-    if status in _CERTAIN:
-        return Rejected(reason, is_certain=True)
     try:
         client.search_experiments(max_results=1)
     except MlflowException:

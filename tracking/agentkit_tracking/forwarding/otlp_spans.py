@@ -14,6 +14,7 @@ import orjson
 from agentkit.records import Step
 from agentkit_tracking.forwarding.assembly import LoggedRun
 from agentkit_tracking.forwarding.ids import otel_trace_id
+from agentkit_tracking.forwarding.mlflow_spans import TAG
 from agentkit_tracking.forwarding.spans import Span, spans
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ def otlp_spans(
 
     Args:
         content: whether what people and models wrote is to be in them.
-        is_for_mlflow: whether costs are to be said in MLflow's word, too; it would look up others, through litellm, whose
-            import alone holds up its server for half a minute.
+        is_for_mlflow: whether costs and the trace's tags are to be said in MLflow's words, too; costs it would look up
+            elsewhere, through litellm, whose import alone holds up its server for half a minute.
     """
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
@@ -68,7 +69,10 @@ def otlp_spans(
             resource=resource,
             attributes={
                 name: value
-                for name, value in {**_attributes(span, content), **(_cost(span) if is_for_mlflow else {})}.items()
+                for name, value in {
+                    **_attributes(span, content),
+                    **(_for_mlflow(span) if is_for_mlflow else {}),
+                }.items()
                 if value is not None
             },
             kind=SpanKind.CLIENT if span.kind == "model" else SpanKind.INTERNAL,
@@ -168,7 +172,11 @@ def _of_step(span: Span, step: Step, content: bool) -> dict[str, Any]:
     return found
 
 
-def _cost(span: Span) -> dict[str, Any]:
+def _for_mlflow(span: Span) -> dict[str, Any]:
+    if span.parent is None:
+        run = span.run.record
+        tags = {"run_id": run.run_id, "release": run.release or "draft", "stage": run.stage, "state": run.state}
+        return {f"{TAG}agentkit.{name}": value for name, value in tags.items()}
     usd = _finite(span.step.usd) if span.step is not None and span.step.model else None
     return {} if usd is None else {"mlflow.llm.cost": {"total_cost": usd}}
 

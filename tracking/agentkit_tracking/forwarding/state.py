@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from agentkit.errors import UsageError
 from agentkit_tracking.forwarding.reading import Mark
 from agentkit_tracking.home import write_whole
 
@@ -38,19 +41,41 @@ class StateFile:
         self._written: bytes | None = None
 
     def load(self) -> State:
-        """The state; at the very beginning where there is none, or none that can be read: then all is forwarded again."""
+        """The state; at the very beginning where there is none, or none that makes sense: then all is forwarded again.
+
+        Raises:
+            UsageError: this process may not read or write it; all would be forwarded again and again.
+        """
         try:
             content = self.path.read_bytes()
-            values: dict[str, Any] = orjson.loads(content)
-            marks = {name: Mark(*mark) for name, mark in values["segments"].items()}
-            state = State(
-                self.target, marks, dict(values["again"]), dict(values["waiting"]), bool(values["everywhere"])
+        except FileNotFoundError:
+            content = b""
+        except OSError as e:
+            raise UsageError(
+                f"{self.path}, which says how far forwarding is, cannot be read ({e.strerror}); make it a file that "
+                "this user can read, or delete it: then the whole log is forwarded again"
+            ) from e
+        if self.folder.exists() and not os.access(self.folder, os.W_OK):
+            raise UsageError(
+                f"{self.folder}, where it is kept how far forwarding is, cannot be written; make it writable for this "
+                "user, or forward where it is"
             )
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        try:
+            state = self._state(orjson.loads(content))
+        except (ValueError, KeyError, TypeError, AttributeError):
             self._written = None
             return State(self.target)
         self._written = content
         return state
+
+    def _state(self, values: dict[str, Any]) -> State:
+        marks = {name: Mark(*mark) for name, mark in values["segments"].items()}
+        again, waiting = dict(values["again"]), dict(values["waiting"])
+        if not all(type(n) is int for n in (*again.values(), *itertools.chain(*marks.values()))):
+            raise TypeError("numbers were expected")
+        return State(
+            self.target, marks, again, {n: float(since) for n, since in waiting.items()}, bool(values["everywhere"])
+        )
 
     def save(self, state: State) -> None:
         """Keep the state."""
@@ -74,6 +99,8 @@ class StateFile:
             return self.path.read_bytes() == self._written
         except FileNotFoundError:
             return self._written is None
+        except OSError:  # `load` says why
+            return False
 
     def forget(self) -> None:
         """Begin anew: everything the log has is forwarded again, what other machines folded included."""

@@ -32,7 +32,8 @@ class Drift:
     """What the runs of a page were compared with, and what came of it.
 
     `against` is None where there is nothing to compare with; `why_not_golden` says why it is not the golden set. Frames are None
-    where one of the two sides has nothing of the kind. `live` and `others` are the inputs that were compared.
+    where one of the two sides has nothing of the kind. `live` and `others` are the inputs that were compared; `blank` names
+    those texts whose wording was not, since there is none.
     """
 
     against: Literal["golden", "before"] | None
@@ -41,6 +42,7 @@ class Drift:
     inputs: pl.DataFrame | None = None  # as of `input_drift`
     live: int = 0
     others: int = 0
+    blank: tuple[str, ...] = ()
 
 
 def drift_of(page: Page, golden: Sequence[Example], keep: Callable[[Any], Any]) -> Drift:
@@ -71,6 +73,7 @@ def drift_of(page: Page, golden: Sequence[Example], keep: Callable[[Any], Any]) 
         input_drift(live, wanted) if live and wanted else None,
         len(live),
         len(wanted),
+        tuple(name for name, a, b in _shared(live, wanted) if a and b and _are_blank([*a, *b])),
     )
 
 
@@ -138,12 +141,12 @@ def input_drift(live: Sequence[dict[str, Any]], golden: Sequence[dict[str, Any]]
 
     Returns:
         A row a feature (`FIELD: wording`, `FIELD: length`, `FIELD: value`): `auc`, `by_chance` (95 % of shuffles stay
-        below), `p`, `is_drift` (as of routes), `live` and `golden` cases. No row where the two share no input name.
+        below), `p`, `is_drift` (as of routes), `live` and `golden` cases. No row where the two share no input name, nor for the
+        wording of texts that are all blank.
     """
     rng = np.random.default_rng(seed)
     rows = []
-    for name in sorted({key for row in golden for key in row} & {key for row in live for key in row}):
-        a, b = ([row[name] for row in rows_ if row.get(name) is not None] for rows_ in (live, golden))
+    for name, a, b in _shared(live, golden):
         for feature, score in _features(name, a, b):
             if min(len(a), len(b)) < 8:
                 continue
@@ -154,6 +157,20 @@ def input_drift(live: Sequence[dict[str, Any]], golden: Sequence[dict[str, Any]]
     return frame.select("feature", "auc", "by_chance", "p", "is_drift", "live", "golden").sort(
         "auc", "feature", descending=[True, False]
     )
+
+
+def _shared(live: Sequence[dict[str, Any]], golden: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any], list[Any]]]:
+    """The inputs that both have, with the values of each."""
+    names = {key for row in golden for key in row} & {key for row in live for key in row}
+    return [(name, _values(live, name), _values(golden, name)) for name in sorted(names)]
+
+
+def _values(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def _are_blank(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, str) and not v.split() for v in values)
 
 
 def _frame(rows: list[tuple[Any, ...]], schema: dict[str, Any]) -> pl.DataFrame:
@@ -172,7 +189,8 @@ def _features(name: str, live: list[Any], golden: list[Any]) -> list[tuple[str, 
     texts = [v if isinstance(v, str) else json.dumps(v, ensure_ascii=False, sort_keys=True) for v in both]
     lengths = [float(len(text)) for text in texts]
     of_length = [(f"{name}: length", _by_size(lengths))] if len(set(lengths)) > 1 else []
-    return [(f"{name}: wording", _by_wording(texts)), *of_length]
+    of_wording = [] if _are_blank(both) else [(f"{name}: wording", _by_wording(texts))]
+    return [*of_wording, *of_length]
 
 
 def _by_size(values: list[float]) -> Score:

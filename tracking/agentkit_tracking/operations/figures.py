@@ -17,6 +17,7 @@ _HITS: dict[str, tuple[pl.Expr, pl.Expr]] = {
     "refusal": (pl.col("is_refused"), pl.lit(True)),
     "degraded": (_DONE & pl.col("is_degraded"), _DONE),
     "recovery": (_DONE, pl.col("has_failed_calls") & ~pl.col("is_refused")),
+    "escalation": (pl.col("is_escalated"), pl.lit(True)),
 }
 # Where the error of a run says that a rule held: what kind of rule.
 RULES = {
@@ -36,8 +37,8 @@ def rates(cells: pl.DataFrame, told: pl.DataFrame, by: Sequence[str] = ()) -> pl
       These three are all finished runs.
     - degraded: of successes, those with a lesser result.
     - recovery: of runs in which a call failed and that were not refused, those that ended DONE all the same.
-    - escalation: handed to a person: an approval was asked, or somebody said `escalated`.
-    - completion, the goal where no label says so: DONE, without a person asked, and nobody said that it was corrected,
+    - escalation: handed to a person, as the monitor counts it: an approval was asked, or the output's action is `escalate`.
+    - completion, the goal where no label says so: DONE, not handed to a person, and nobody said that it was corrected,
       rejected, reopened or escalated. Silence counts as consent: it is an upper estimate.
     - acceptance: of runs that somebody labelled, those with no label but `accepted`.
     - satisfaction: of ratings, those of 4 or 5.
@@ -46,22 +47,16 @@ def rates(cells: pl.DataFrame, told: pl.DataFrame, by: Sequence[str] = ()) -> pl
         _counted(cells, by, name, pl.col("runs").filter(hit & whole).sum(), pl.col("runs").filter(whole).sum())
         for name, (hit, whole) in _HITS.items()
     ]
-    runs, asked = pl.col("runs"), pl.col("is_asked")
-    of_all = cells.group_by(list(by) or pl.lit(1).alias("_")).agg(
-        runs.sum().alias("n"), runs.filter(asked).sum().alias("asked"), runs.filter(_DONE & ~asked).sum().alias("alone")
-    )
+    runs, alone = pl.col("runs"), ~pl.col("is_escalated")
     keys = list(by) or ["_"]
+    of_all = cells.group_by(list(by) or pl.lit(1).alias("_")).agg(
+        runs.sum().alias("n"), runs.filter(_DONE & alone).sum().alias("alone")
+    )
     said = told.group_by(list(by) or pl.lit(1).alias("_")).agg(
-        runs.filter(~asked & pl.col("is_escalated")).sum().alias("escalated"),
-        runs.filter(~asked & pl.col("is_done") & pl.col("is_labelled") & ~pl.col("is_accepted")).sum().alias("undone"),
+        runs.filter(pl.col("is_done") & alone & pl.col("is_labelled") & ~pl.col("is_accepted")).sum().alias("undone"),
     )
-    both = of_all.join(said, on=keys, how="left", nulls_equal=True).with_columns(
-        pl.col("escalated", "undone").fill_null(0)
-    )
-    parts += [
-        _counted(both, by, "escalation", (pl.col("asked") + pl.col("escalated")).sum(), pl.col("n").sum()),
-        _counted(both, by, "completion", (pl.col("alone") - pl.col("undone")).sum(), pl.col("n").sum()),
-    ]
+    both = of_all.join(said, on=keys, how="left", nulls_equal=True).with_columns(pl.col("undone").fill_null(0))
+    parts.append(_counted(both, by, "completion", (pl.col("alone") - pl.col("undone")).sum(), pl.col("n").sum()))
     labelled = pl.col("is_labelled")
     parts += [
         _counted(

@@ -26,8 +26,8 @@ _NAMES = ", ".join(COLUMNS)
 _SAID = 3  # damaged archives in one message
 _TRIES = 5  # to read while somebody folds into a database that is new, or a lake
 _WHOLE = f"segment, n, {_NAMES}, user_hash, session, event, private, salt, hash"
-# To a person: one was asked, or the run's own answer is to hand over.
-_IS_ESCALATED = f"coalesce(approvals, 0) > 0 OR coalesce(result = {quoted(ESCALATED)}, false) AS is_escalated"
+# Of an outcome's event. To a person: one was asked, or the run's own answer is to hand over.
+IS_ESCALATED = f"(coalesce(approvals, 0) > 0 OR coalesce(result = {quoted(ESCALATED)}, false))"
 _VIEWS = (
     # One row an event. `private` is what people wrote; null once it was erased.
     f"CREATE VIEW events AS SELECT segment || '-' || n AS id, segment, n, {_NAMES}, user_hash, session, "
@@ -35,7 +35,7 @@ _VIEWS = (
     # One row a finished run.
     f"""CREATE VIEW outcomes AS SELECT run_id, parent, system, release, stage, kind, started_at, seconds, state, route,
         error_type, waited_s, model_calls, tool_calls, tokens_in, tokens_out, usd, planning_s, execution_s, reflection_s,
-        effects, failed_calls, approvals, refusals, is_degraded, {_IS_ESCALATED}, budget_used, user_hash, session,
+        effects, failed_calls, approvals, refusals, is_degraded, {IS_ESCALATED} AS is_escalated, budget_used, user_hash, session,
         logged_at AS ended_at
     FROM every_event WHERE type = 'outcome'""",
     # One row a run, those under way (RUNNING) or broken off (INTERRUPTED) included.
@@ -45,7 +45,7 @@ _VIEWS = (
         {{planning: planning_s, execution: execution_s, reflection: reflection_s}} AS phases,
         waited_s, model_calls, tool_calls, tokens_in, tokens_out, usd, parent, user_hash, session, stage,
         private->>'degraded' AS degraded, private->'partial' AS partial, budget_used, error_type, failed_calls, approvals,
-        refusals, {_IS_ESCALATED}
+        refusals, {IS_ESCALATED} AS is_escalated
     FROM every_event WHERE type = 'outcome'
     UNION ALL BY NAME
     SELECT b.run_id, b.system, b.release, b.kind, b.started_at,
