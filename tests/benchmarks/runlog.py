@@ -5,6 +5,7 @@ python runlog.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -137,10 +138,11 @@ def span_costs(folder: Path, count: int = 5_000) -> tuple[float, float]:
 
     log, run = RunLog(folder / "spans"), Run()
     inputs, outputs = PRIVATE["inputs"], PRIVATE["outputs"]
+    numbers = itertools.count()  # a step that is kept already is not written again
 
-    def ours(i: int) -> None:
+    def ours(_: int) -> None:
         step = Step("tool", "order_status", "EXECUTING", 0.1, 0.2, "billing", inputs, outputs, tries=1)
-        log.progress(run, [(i, step)])
+        log.progress(run, [(next(numbers), step)])
 
     provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(Nowhere(), max_queue_size=100_000))
