@@ -272,7 +272,9 @@ def test_status_says_what_is_folded_and_who_has_the_database(log: RunLog) -> Non
 
 
 def test_fold_goes_on_every_so_many_seconds(log: RunLog) -> None:
-    command = [sys.executable, "-m", "agentkit_pipelines.cli", "log", "fold", "--every", "0.2"]
+    # What is started in the background by a shell, and all that it starts, ignores SIGINT.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from agentkit_pipelines.cli import main; main()"
+    command = [sys.executable, "-c", heeding, "log", "fold", "--every", "0.2"]
     folder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
     assert folder.stdout is not None
     assert folder.stdout.readline() == "13 events folded\n"
