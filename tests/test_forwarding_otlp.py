@@ -326,6 +326,27 @@ def test_a_certificate_that_nobody_trusts_is_said(log: RunLog, collector: Collec
     target.close()
 
 
+def test_a_try_for_which_no_time_is_left_does_not_hide_why_the_one_before_failed(
+    log: RunLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import requests
+
+    keep(log, 1)
+    monkeypatch.setenv(BASE, f"http://127.0.0.1:{free_port()}")
+    request, tries = requests.Session.request, []
+
+    def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tries.append(kwargs.get("timeout"))
+        return request(self, *args, **{**kwargs, "timeout": -1 if len(tries) > 1 else 5})
+
+    monkeypatch.setattr(requests.Session, "request", late)
+    target = OtlpTarget()
+    with pytest.raises(Unavailable, match=r"it does not answer: .*Connection refused"):
+        Consumer(log, target).forward()
+    target.close()
+    assert len(tries) > 1
+
+
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 

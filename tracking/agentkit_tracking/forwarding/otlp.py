@@ -129,11 +129,15 @@ class OtlpTarget:
         return self._exporter  # type: ignore[no-any-return]
 
     def _noting(self, request: Any) -> Any:
+        from requests import RequestException
+
         def noted(*args: Any, **kwargs: Any) -> Any:
             try:
                 self._last = request(*args, **kwargs)
             except Exception as e:
-                self._last = e
+                # The exporter tries again until its time is over, the last time perhaps with none left: a ValueError.
+                if self._last is None or isinstance(e, RequestException):
+                    self._last = e
                 raise
             return self._last
 
