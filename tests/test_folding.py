@@ -323,7 +323,7 @@ def test_plain_tools_read_the_files(log: RunLog) -> None:
     assert json.loads(segment.read_bytes().splitlines()[0])["event"]["type"] == "segment"
 
 
-# ---- what a reviewer found
+# ---- rare cases
 
 
 @pytest.mark.parametrize("what", ["event", "private", "id", "pipe", "folder", "link", "name"])

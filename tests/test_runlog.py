@@ -407,7 +407,7 @@ def test_feedback_that_cannot_be_is_refused(log: RunLog, given: dict[str, Any], 
     assert log.feedback().is_empty()
 
 
-# ---- what a reviewer found
+# ---- rare cases
 
 
 def test_calls_that_are_over_are_kept_while_one_beside_them_goes_on(own_home: Path) -> None:
