@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pytest
 from crews import Asks, crew, node, nothing_paid_yet, refund  # noqa: F401
 from forwarded import SPANS, Kept, keep, made, own_log
 from hedgehogs import speaking
+from nobody import open_to_all, unprivileged
 
 import agentkit as ak
 from agentkit.errors import UsageError
@@ -413,16 +413,15 @@ def test_a_position_that_may_not_be_read_is_said(log: RunLog) -> None:
         Consumer(log, Kept())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_where_no_position_can_be_kept_nothing_is_sent(log: RunLog) -> None:
-    folder = log.folder / "consumers"
-    folder.mkdir(parents=True)
-    folder.chmod(0o500)
-    try:
-        with pytest.raises(UsageError, match="consumers, where it is kept how far forwarding is, cannot be written"):
-            Consumer(log, Kept())
-    finally:
-        folder.chmod(0o700)
+def test_where_no_position_can_be_kept_nothing_is_sent() -> None:
+    with open_to_all() as place:
+        (place / "consumers").mkdir()
+        (place / "consumers").chmod(0o555)
+        with (
+            unprivileged(),
+            pytest.raises(UsageError, match="consumers, where it is kept how far forwarding is, cannot be written"),
+        ):
+            Consumer(RunLog(place), Kept())
 
 
 def test_what_is_in_the_folders_place_is_said(log: RunLog) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nobody import open_to_all, unprivileged
 from releases import python
 
 import agentkit as ak
@@ -129,11 +130,12 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> Non
         RunLog(tmp_path / "log").append(record("r7"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_a_clear_error(log: RunLog) -> None:
-    log.folder.mkdir(mode=0o500)
-    with pytest.raises(LogUnwritable, match="Permission denied"):
-        log.append(record())
+    log.append(record())  # imports what it needs; nobody may not read where that lies
+    with open_to_all() as place:
+        place.chmod(0o555)
+        with unprivileged(), pytest.raises(LogUnwritable, match="Permission denied"):
+            RunLog(place / "log").append(record())
 
 
 def test_a_full_disk_is_a_clear_error_and_costs_one_record(log: RunLog) -> None:
