@@ -22,6 +22,8 @@ from hypothesis import settings
 from provider import Serve, serving
 
 if TYPE_CHECKING:
+    from collector import Collector
+
     from agentkit import RunRecord
 
 # Helpers whose asserts are to say what they compared, as those of test files do.
@@ -139,6 +141,16 @@ def serve(project: Path) -> Iterator[Serve]:
     metering._breakers.clear()
     with serving(project) as start:
         yield start
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    """An OTLP collector on loopback that the standard variable names."""
+    from collector import collecting
+
+    with collecting() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        yield collector
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from collector import OK, Answer, Collector, attributes, collecting, rejecting
+from collector import OK, Answer, Collector, attributes, rejecting
 from forwarded import SPANS, keep, made, own_log
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from servers import free_port
@@ -37,13 +37,6 @@ def log(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunLog]:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with own_log() as log:
         yield log
-
-
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with collecting() as collector:
-        monkeypatch.setenv(BASE, collector.url)
-        yield collector
 
 
 @pytest.fixture

@@ -42,13 +42,6 @@ def log(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunLog]:
         yield log
 
 
-@pytest.fixture
-def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
-    with collecting() as collector:
-        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
-        yield collector
-
-
 def forward(log: RunLog) -> Consumer:
     consumer = Consumer(log, OtlpTarget())
     try:
