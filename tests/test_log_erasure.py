@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -409,3 +411,10 @@ def test_the_command_says_what_it_did_not_find_and_what_it_does_not_reach(log: R
     done = CliRunner().invoke(app, ["log", "erase", "anna", "--why", "asked", "--yes"])
     assert "nothing in the log" not in done.output
     assert "not reached: what was forwarded to http://elsewhere:5000" in done.output
+
+
+def test_the_command_closes_what_it_wrote(log: RunLog) -> None:
+    log.close()
+    command = [sys.executable, "-m", "agentkit_pipelines.cli", "log", "erase", "anna", "--why", "asked", "--yes"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert not [remark for remark in verify(log).remarks if "do not end in `closed`" in remark]

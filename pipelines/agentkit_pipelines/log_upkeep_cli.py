@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -141,8 +142,8 @@ def adopt(
 
     from agentkit_tracking.runlog import RunLog, adoption
 
-    with terminal.console().status("looking through archives"):
-        done = adoption.adopt(RunLog(), accept_erased=accept_erased)
+    with terminal.console().status("looking through archives"), closing(RunLog()) as log:
+        done = adoption.adopt(log, accept_erased=accept_erased)
     out = terminal.console()
     for file, why in sorted(done.refused.items()):
         out.print(f"[red]✗[/red] {escape(file)}: {escape(why)}", soft_wrap=True)
@@ -216,8 +217,8 @@ def erase(
     if not yes:
         typer.confirm("What this user's runs hold of people's text will be gone for good. Go on?", abort=True, err=True)
     given = {"user_hash": user} if is_hash else {"user": user}
-    with terminal.progress("erasing") as progress:
-        done = erase_user(RunLog(), **given, why=why, progress=progress)
+    with terminal.progress("erasing") as progress, closing(RunLog()) as log:
+        done = erase_user(log, **given, why=why, progress=progress)
     out = terminal.console()
     callers = f" and of {len(done.callers)} that called them" if done.callers else ""
     out.print(
